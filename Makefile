@@ -1,0 +1,34 @@
+# Everything a fresh machine needs is python >= 3.10 and make: each target sets up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check bench gpu
+
+$(READY): requirements-dev.txt pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: $(READY)
+	$(BIN)/pairloss demo --out out
+
+# Triton reads TRITON_INTERPRET when it decorates a kernel, so its tests are a process of their own.
+test: $(READY)
+	$(BIN)/python -m pytest tests
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests -m engines
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m pytest bench --benchmark
+
+# For a machine with a GPU: the interpreter that is there, no network, no virtual environment.
+gpu:
+	$(PYTHON) -m pytest tests -m engines
+	$(PYTHON) bench/run.py --device cuda

@@ -1,0 +1,94 @@
+"""The table of engines and the one place that chooses between them.
+
+An engine is a module with four functions; a new one is that module and a line in ENGINES:
+
+    why_not(call) -> str | None                                why it can't run this call, None if it can
+    label_order_pays(call) -> bool                             whether rows sorted by label make it faster
+    row_stats_fwd(call) -> (rows [K, N], cols [K, M or 0])     the statistics, see pairloss.ops.row_stats
+    row_stats_bwd(call, rows, cols, grad_rows, grad_cols, needs)
+        -> [dx, dy, drow_bias, dcol_bias]                      None where needs says so
+"""
+
+import importlib
+import os
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+ENGINES = {
+    "triton": "pairloss.kernels",
+    "torch": "pairloss.tiled",
+}
+REFERENCE = "reference"  # naive N x N under autograd: only by name, never chosen
+BACKENDS = (REFERENCE, *ENGINES)
+# The first engine of the row whose why_not is None serves the call.
+PREFERENCE = {"cpu": ("torch",), "cuda": ("triton", "torch")}
+
+# The one documented override: the backend of every call that names none.
+DEFAULT_BACKEND = os.environ.get("PAIRLOSS_BACKEND") or None
+
+# Set by pairloss.testing.tile_size.
+_tile_override: int | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """What an engine is asked for: the arguments of pairloss.ops.row_stats, checked."""
+
+    x: Tensor
+    y: Tensor | None
+    ids_x: Tensor | None
+    ids_y: Tensor | None
+    self_offset: int | None
+    row_bias: Tensor | None
+    col_bias: Tensor | None
+    score: str
+    m: float
+    gamma: float
+    both_sides: bool
+    product_dtype: torch.dtype
+    logit_bound: float
+
+    @property
+    def symmetric(self) -> bool:
+        return self.y is None
+
+    @property
+    def candidates(self) -> Tensor:
+        return self.x if self.y is None else self.y
+
+    @property
+    def candidate_ids(self) -> Tensor | None:
+        return self.ids_x if self.y is None else self.ids_y
+
+    @property
+    def num_sets(self) -> int:
+        """2 with ids (positives, negatives), 1 without (everything)."""
+        return 1 if self.ids_x is None else 2
+
+
+def tile_size(default: int) -> int:
+    return default if _tile_override is None else _tile_override
+
+
+def load(name: str) -> ModuleType:
+    return importlib.import_module(ENGINES[name])
+
+
+def check_backend(backend: str | None) -> None:
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
+
+
+def choose(call: Call, backend: str | None) -> ModuleType:
+    """The engine for this call: the named one, or the first that can."""
+    if backend is not None:
+        engine = load(backend)
+        reason = engine.why_not(call)
+        if reason is not None:
+            raise RuntimeError(f"backend={backend!r} can't run here: {reason}; the engines are {', '.join(BACKENDS)}")
+        return engine
+    names = PREFERENCE.get(call.x.device.type, ("torch",))
+    return next(engine for engine in map(load, names) if engine.why_not(call) is None)

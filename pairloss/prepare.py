@@ -1,0 +1,102 @@
+"""From features to what row_stats compares: O(N D) PyTorch, so that autograd gives the gradients of rows and tau.
+
+Temperature goes into the rows (times sqrt(1/tau) on both sides), which keeps x against itself symmetric.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+METRICS = ("cosine", "dot", "sqeuclidean")
+ZERO_NORM = 1e-12
+
+
+class Rows(NamedTuple):
+    x: Tensor
+    y: Tensor | None
+    row_bias: Tensor | None
+    col_bias: Tensor | None
+    product_dtype: torch.dtype
+    logit_bound: float
+
+
+def prepare(
+    features: Tensor, ref_features: Tensor | None, tau: float | Tensor, metric: str, ignored: Tensor | None, ref_ignored: Tensor | None
+) -> Rows:
+    """Rows and biases whose logits are the similarities divided by tau.
+
+    cosine: <a, b> / (|a| |b| tau); dot: <a, b> / tau; sqeuclidean: -|a - b|^2 / tau. Rows with a norm below 1e-12 are the
+    zero vector under cosine, with gradient 0. A row that is ignored (bool [N]) is zeroed and gets the bias -inf; in any
+    other row a value that is not finite makes the whole row NaN, so that it can't hide behind a logit of -inf.
+    """
+    product_dtype = _product_dtype(features)
+    scale = _inverse_sqrt(tau / 2 if metric == "sqeuclidean" else tau)
+    x, row_bias = _cleared(features, ignored)
+    y, col_bias = (None, None) if ref_features is None else _cleared(ref_features, ref_ignored)
+    if isinstance(scale, Tensor):
+        scale = scale.to(x.dtype)
+
+    if metric == "cosine":
+        bound = 1 / tau if isinstance(tau, float) else math.inf
+        return Rows(_unit(x) * scale, None if y is None else _unit(y) * scale, row_bias, col_bias, product_dtype, bound)
+
+    x = _poisoned(x) * scale
+    y = None if y is None else _poisoned(y) * scale
+    if metric == "sqeuclidean":
+        # Distances don't move with the origin: near the data they lose fewer digits. (Ignored rows are zeros.)
+        with torch.no_grad():
+            used = x.shape[0] if ignored is None else (~ignored).sum().clamp(min=1)
+            centre = x.sum(0) / used
+        x, row_bias = _with_half_square(x - centre, row_bias, product_dtype)
+        if y is not None:
+            y, col_bias = _with_half_square(y - centre, col_bias, product_dtype)
+    return Rows(x, y, row_bias, col_bias, product_dtype, math.inf)
+
+
+def real_view(features: Tensor) -> Tensor:
+    """Complex rows as real ones of twice the length: their dot product is Re <a, conj b>."""
+    return torch.view_as_real(features).flatten(1) if features.is_complex() else features
+
+
+def _product_dtype(features: Tensor) -> torch.dtype:
+    device = features.device.type
+    if features.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return features.dtype
+
+
+def _inverse_sqrt(tau: float | Tensor) -> float | Tensor:
+    if isinstance(tau, Tensor):
+        return torch.where(tau > 0, tau, torch.nan).rsqrt()
+    return tau**-0.5
+
+
+def _cleared(features: Tensor, ignored: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Rows in the dtype of the statistics, ignored ones zeroed, and the bias that takes those out of every set."""
+    x = features if features.dtype == torch.float64 else features.to(torch.float32)
+    if ignored is None:
+        return x, None
+    bias = torch.zeros(x.shape[0], dtype=x.dtype, device=x.device).masked_fill(ignored, -torch.inf)
+    return torch.where(ignored[:, None], 0, x), bias
+
+
+def _unit(x: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    zero = norm < ZERO_NORM
+    # A norm that overflows would silently give the zero vector.
+    norm = torch.where(zero, 1, torch.where(norm == torch.inf, torch.nan, norm))
+    return torch.where(zero, 0, x / norm)
+
+
+def _poisoned(x: Tensor) -> Tensor:
+    finite = torch.isfinite(x).all(1, keepdim=True)
+    return torch.where(finite, x, torch.nan)
+
+
+def _with_half_square(x: Tensor, bias: Tensor | None, product_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The rows and -|x|^2 / 2 of them as the product sees them: of unrounded rows, distances could come out negative."""
+    rounded = x if product_dtype == x.dtype else x + (x.to(product_dtype).to(x.dtype) - x).detach()
+    half_square = rounded.square().sum(1) / -2
+    return rounded, half_square if bias is None else half_square + bias

@@ -1,0 +1,289 @@
+"""The engine "torch": tiles of PyTorch operations, on any device, in O(N D) memory.
+
+Fused: products, biases, the pair left out, label masks, log-sums; never materialised: more than one tile of pairs.
+x against itself visits only tiles on and above the diagonal: each gives its row sums to its rows and its column sums
+to its columns, and in backward both roles of a pair, W_ij + W_ji, come from one exponential.
+
+Inside, logits are in units of log2(e) (exp2 is the cheaper exponential), and every tile is shifted by one number where
+its values lie close enough together that nothing is lost.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .engines import Call, tile_size
+from .reference import same_id
+
+# One 512 x 512 float32 tile is 1 MiB: with its operands it stays in a core's L2. Elsewhere launches must be worth it.
+CPU_TILE, DEVICE_TILE = 512, 2048
+# Sorting costs about as much as it saves while there are fewer tile rows than this.
+LABEL_ORDER_TILES = 4
+
+LOG2E, LN2 = math.log2(math.e), math.log(2)
+# float32 keeps full precision in exp2 down to 2^-126: within this width of one another all values of a tile may share
+# a shift and still leave 46 binary digits below the smallest for the sums.
+WIDTH = 80.0
+# Values this close to 0 need no shift at all.
+NO_SHIFT = 40.0
+
+
+class Tile(NamedTuple):
+    """Anchors [i0, i1) against candidates [j0, j1)."""
+
+    i: slice
+    j: slice
+    row: int  # number of the tile row and column
+    col: int
+    only: int | None  # the one set that all pairs belong to (0 = positives, 1 = negatives), None: mixed
+    left_out: int | None  # which diagonal of the tile is left out
+    mirrored: bool  # x against itself, off the diagonal: the tile stands for its transpose too
+
+
+def why_not(call: Call) -> str | None:
+    return None
+
+
+def label_order_pays(call: Call) -> bool:
+    return min(call.x.shape[0], call.candidates.shape[0]) >= LABEL_ORDER_TILES * _tile(call) and call.x.device.type == "cpu"
+
+
+def row_stats_fwd(call: Call) -> tuple[Tensor, Tensor]:
+    pairs = _Pairs(call)
+    bounded = call.logit_bound * LOG2E <= NO_SHIFT
+    rows = _LogSums(pairs, call.x.shape[0], bounded)
+    cols = rows if call.symmetric else _LogSums(pairs, call.candidates.shape[0] if call.both_sides else 0, bounded)
+
+    for tile in pairs.tiles():
+        z = pairs.logits(tile)
+        to_cols = tile.mirrored or call.both_sides
+        shift = 0.0 if bounded else pairs.value_shift(z)
+        pairs.leave_out(z, tile)
+        if shift is None:
+            for k, zk in pairs.split(z, tile, -math.inf):
+                rows.add(k, tile.i, *_exp2_sum(zk, 1))
+                if to_cols:
+                    cols.add(k, tile.j, *_exp2_sum(zk, 0))
+        else:
+            e = (z.sub_(shift) if shift else z).exp2_()
+            for k, ek in pairs.split(e, tile, 0.0):
+                rows.add(k, tile.i, shift, ek.sum(1))
+                if to_cols:
+                    cols.add(k, tile.j, shift, ek.sum(0))
+    return rows.log(), (rows.log()[:, :0] if call.symmetric else cols.log())
+
+
+def row_stats_bwd(
+    call: Call, rows: Tensor, cols: Tensor, grad_rows: Tensor, grad_cols: Tensor, needs: list[bool]
+) -> list[Tensor | None]:
+    pairs = _Pairs(call)
+    row_weights = _Weights(pairs, rows, grad_rows)
+    col_weights = row_weights if call.symmetric else _Weights(pairs, cols, grad_cols) if call.both_sides else None
+
+    inputs = (call.x, call.y, call.row_bias, call.col_bias)
+    dx, dy, drow_bias, dcol_bias = (
+        torch.zeros_like(v, memory_format=torch.contiguous_format) if need and v is not None else None
+        for v, need in zip(inputs, needs, strict=True)
+    )
+    to_y, to_col_bias = (dx, drow_bias) if call.symmetric else (dy, dcol_bias)
+
+    for tile in pairs.tiles():
+        z = pairs.logits(tile)
+        pairs.leave_out(z, tile)
+        w = _pair_weights(pairs, tile, z, row_weights, col_weights)
+        off_diagonal = tile.mirrored or not call.symmetric
+        if dx is not None:
+            dx[tile.i].addmm_(w, pairs.y[tile.j])
+        if to_y is not None and off_diagonal:
+            to_y[tile.j].addmm_(w.T, pairs.x[tile.i])
+        if drow_bias is not None:
+            drow_bias[tile.i] += w.sum(1)
+        if to_col_bias is not None and off_diagonal:
+            to_col_bias[tile.j] += w.sum(0)
+    return [dx, dy, drow_bias, dcol_bias]
+
+
+def _pair_weights(pairs: "_Pairs", tile: Tile, z: Tensor, rows: "_Weights", cols: "_Weights | None") -> Tensor:
+    """A_ij = grad_i exp(z_ij - stat_i) + the same for the column's statistic, over z. The score is linear: W = A."""
+    sets = range(pairs.num_sets) if tile.only is None else [tile.only]
+    ranges = [rows.range[k][tile.row] for k in sets] + ([cols.range[k][tile.col] for k in sets] if cols else [])
+    shift = _shift(min(low for low, _ in ranges), max(high for _, high in ranges)) if pairs.host else None
+    if shift is not None:  # one exponential serves both roles
+        outer = [_outer_sum(rows.shifted(k, tile.i, shift), cols.shifted(k, tile.j, shift) if cols else None, z) for k in sets]
+        e = (z.sub_(shift) if shift else z).exp2_()
+        # lerp takes either end exactly
+        return e.mul_(outer[0] if len(outer) == 1 else torch.lerp(outer[1], outer[0], pairs.same(tile)))
+    w = rows.exact(pairs, tile, z, tile.i, 1)
+    return w if cols is None else w.add_(cols.exact(pairs, tile, z, tile.j, 0))
+
+
+def _outer_sum(row: Tensor, col: Tensor | None, like: Tensor) -> Tensor:
+    return row[:, None].expand_as(like) if col is None else row[:, None] + col[None, :]
+
+
+def _shift(low: float, high: float) -> float | None:
+    """One shift for values in [low, high], None if they lie too far apart (or are not numbers)."""
+    if low >= -NO_SHIFT and high <= NO_SHIFT:
+        return 0.0
+    return (low + high) / 2 if high - low <= WIDTH else None
+
+
+def _exp2_sum(z: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """(m, sum of 2^(z - m)) with m the maximum, finite for an empty row."""
+    m = z.amax(dim, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)
+    return m.squeeze(dim), (z - m).exp2_().sum(dim)
+
+
+def _tile(call: Call) -> int:
+    return tile_size(CPU_TILE if call.x.device.type == "cpu" else DEVICE_TILE)
+
+
+class _Pairs:
+    """The tiles of a call and what is in them."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.num_sets = call.num_sets
+        self.tile = _tile(call)
+        self.host = call.x.device.type == "cpu"  # where values may steer the program without a device sync
+        self.x = call.x.to(call.product_dtype).to(call.x.dtype).contiguous()
+        self.y = self.x if call.y is None else call.y.to(call.product_dtype).to(call.x.dtype).contiguous()
+        self.row_bias = None if call.row_bias is None else call.row_bias * LOG2E
+        col_bias = call.row_bias if call.symmetric else call.col_bias
+        self.col_bias = None if col_bias is None else col_bias * LOG2E
+        self.ids_x, self.ids_y = self._ids()
+        self.buffer = self.x.new_empty(min(self.tile, len(self.x)) * min(self.tile, len(self.y)))
+
+    def _ids(self) -> tuple[Tensor | None, Tensor | None]:
+        """On the CPU labels become ranks in the features' dtype: exact, and compared four times as fast as int64."""
+        ids_x, ids_y = self.call.ids_x, self.call.candidate_ids
+        if ids_x is None or ids_y is None or ids_x.ndim > 1 or not self.host:
+            return ids_x, ids_y
+        _, ranks = torch.unique(ids_x if self.call.symmetric else torch.cat([ids_x, ids_y]), return_inverse=True)
+        ranks = ranks.to(self.x.dtype)
+        return ranks[: len(self.x)], ranks if self.call.symmetric else ranks[len(self.x) :]
+
+    def ranges(self, values: Tensor, empty: Tensor | None = None) -> list[tuple[float, float]]:
+        """(least, greatest) per tile of a vector on the host, without the entries that are empty."""
+        low = values if empty is None else torch.where(empty, math.inf, values)
+        high = values if empty is None else torch.where(empty, -math.inf, values)
+        lows = torch.stack([part.amin() for part in low.split(self.tile)]).tolist()
+        highs = torch.stack([part.amax() for part in high.split(self.tile)]).tolist()
+        return list(zip(lows, highs, strict=True))
+
+    def tiles(self) -> Iterator[Tile]:
+        labelled = self.ids_x is not None and self.ids_x.ndim == 1 and self.host
+        ranges_x = self.ranges(self.ids_x) if labelled else None  # type: ignore[arg-type]
+        ranges_y = ranges_x if self.call.symmetric else self.ranges(self.ids_y) if labelled else None  # type: ignore[arg-type]
+        for row, i in enumerate(self._slices(len(self.x))):
+            for col, j in enumerate(self._slices(len(self.y))):
+                if self.call.symmetric and col < row:
+                    continue
+                only: int | None = 0 if self.num_sets == 1 else None
+                if ranges_x is not None and ranges_y is not None:
+                    (low_x, high_x), (low_y, high_y) = ranges_x[row], ranges_y[col]
+                    if high_x < low_y or high_y < low_x:
+                        only = 1
+                    elif low_x == high_x == low_y == high_y:
+                        only = 0
+                left_out = None if self.call.self_offset is None else self.call.self_offset + i.start - j.start
+                if left_out is not None and not i.start - i.stop < left_out < j.stop - j.start:
+                    left_out = None
+                yield Tile(i, j, row, col, only, left_out, self.call.symmetric and col > row)
+
+    def _slices(self, n: int) -> Iterator[slice]:
+        return (slice(start, min(start + self.tile, n)) for start in range(0, n, self.tile))
+
+    def logits(self, tile: Tile) -> Tensor:
+        """z in units of log2(e), in a buffer that the next call overwrites."""
+        x, y = self.x[tile.i], self.y[tile.j]
+        z = self.buffer[: len(x) * len(y)].view(len(x), len(y))
+        if self.col_bias is None:
+            torch.addmm(z, x, y.T, beta=0, alpha=LOG2E, out=z)
+        else:
+            torch.addmm(self.col_bias[tile.j], x, y.T, alpha=LOG2E, out=z)
+        return z if self.row_bias is None else z.add_(self.row_bias[tile.i, None])
+
+    def leave_out(self, z: Tensor, tile: Tile) -> None:
+        if tile.left_out is not None:
+            z.diagonal(tile.left_out).fill_(-math.inf)
+
+    def value_shift(self, z: Tensor) -> float | None:
+        if not self.host:
+            return None
+        low, high = z.aminmax()
+        return _shift(low.item(), high.item())
+
+    def same(self, tile: Tile) -> Tensor:
+        """1 where the ids agree, 0 elsewhere."""
+        assert self.ids_x is not None
+        assert self.ids_y is not None
+        ids_x, ids_y = self.ids_x[tile.i], self.ids_y[tile.j]
+        if ids_x.ndim == 1 and self.host:
+            return torch.eq(ids_x[:, None], ids_y[None, :], out=self.x.new_empty(len(ids_x), len(ids_y)))
+        return same_id(ids_x, ids_y).to(self.x.dtype)
+
+    def split(self, values: Tensor, tile: Tile, outside: float) -> Iterator[tuple[int, Tensor]]:
+        """(set, the tile's values with `outside` at the pairs of the other set); may overwrite values."""
+        if tile.only is not None:
+            yield tile.only, values
+            return
+        same = self.same(tile)
+        if outside == 0:
+            positive = values * same
+            yield 0, positive
+            yield 1, values.sub_(positive)  # v - v or v - 0: exact
+        else:
+            mask = same.bool()
+            yield 0, values.masked_fill(~mask, outside)
+            yield 1, values.masked_fill(mask, outside)
+
+
+class _LogSums:
+    """Running sums of 2^z per set and row, held as (m, s): the sum is s 2^m."""
+
+    def __init__(self, pairs: _Pairs, n: int, bounded: bool) -> None:
+        self.bounded = bounded
+        self.s = pairs.x.new_zeros(pairs.num_sets, n)
+        self.m = torch.full_like(self.s, 0.0 if bounded else torch.finfo(self.s.dtype).min)
+
+    def add(self, k: int, rows: slice, shift: float | Tensor, total: Tensor) -> None:
+        s, m = self.s[k, rows], self.m[k, rows]
+        if self.bounded:
+            s += total
+            return
+        if isinstance(shift, float):  # the row's own exponent: a shift above all that the row holds would drown what comes
+            total, exponent = torch.frexp(total)
+            shift = torch.where(total == 0, torch.finfo(m.dtype).min, exponent.to(m.dtype) + shift)
+        top = torch.maximum(m, shift)
+        s.mul_((m - top).exp2_()).add_(total * (shift - top).exp2_())
+        m.copy_(top)
+
+    def log(self) -> Tensor:
+        """Natural logarithms; -inf where nothing was added."""
+        return self.s.log().add_(self.m, alpha=LN2)
+
+
+class _Weights:
+    """g_k exp(z - stat_k) of one side: what backward multiplies a pair's exponential with."""
+
+    def __init__(self, pairs: _Pairs, stats: Tensor, grads: Tensor) -> None:
+        empty = stats == -math.inf
+        self.stat = torch.where(empty, 0, stats * LOG2E)
+        self.grad = torch.where(empty, 0, grads)
+        self.range = [pairs.ranges(self.stat[k], empty[k]) for k in range(len(stats))] if pairs.host else []
+
+    def shifted(self, k: int, rows: slice, shift: float) -> Tensor:
+        grad = self.grad[k, rows]
+        return torch.where(grad == 0, 0, grad * (shift - self.stat[k, rows]).exp2_())
+
+    def exact(self, pairs: _Pairs, tile: Tile, z: Tensor, rows: slice, dim: int) -> Tensor:
+        """The weights of one side with a shift of its own for each pair: right however far the statistics lie apart."""
+        stat, grad = (v[:, rows].unsqueeze(1 + dim) for v in (self.stat, self.grad))
+        if tile.only is not None:
+            return (z - stat[tile.only]).exp2_().mul_(grad[tile.only])
+        same = pairs.same(tile).bool()
+        return (z - torch.where(same, stat[0], stat[1])).exp2_().mul_(torch.where(same, grad[0], grad[1]))
