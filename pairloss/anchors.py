@@ -38,7 +38,9 @@ def weights(
     if ignored is not None:
         outside = outside & ~ignored
     if labels.device.type == "cpu" and not torch.compiler.is_compiling() and bool(outside.any()):
-        raise ValueError(f"labels: expected 0..{num_classes - 1} because class_weight has {num_classes} entries, got {labels[outside][0].item()}")
+        raise ValueError(
+            f"labels: expected 0..{num_classes - 1} because class_weight has {num_classes} entries, got {labels[outside][0].item()}"
+        )
     of_class = class_weight.to(dtype)[labels.clamp(0, num_classes - 1).long()]
     of_class = torch.where(outside, torch.nan, of_class)
     return of_class if result is None else result * of_class

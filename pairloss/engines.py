@@ -4,9 +4,13 @@ An engine is a module with four functions; a new one is that module and a line i
 
     why_not(call) -> str | None                                why it can't run this call, None if it can
     label_order_pays(call) -> bool                             whether rows sorted by label make it faster
-    row_stats_fwd(call) -> (rows [K, N], cols [K, M or 0])     the statistics, see pairloss.ops.row_stats
-    row_stats_bwd(call, rows, cols, grad_rows, grad_cols, needs)
-        -> [dx, dy, drow_bias, dcol_bias]                      None where needs says so
+    row_stats_fwd(call) -> (row_sums, col_sums)                sum of exp(z) over each set of each row (column)
+    row_stats_bwd(call, row_weights, col_weights, needs)       from A_ij = the weight of the pair's set in row i (and in
+        -> [dx, dy, drow_bias, dcol_bias]                      column j) times exp(z_ij); None where needs says so
+
+Sums and weights are [2, K, N] (columns: [2, K, M], M = 0 without both_sides): a mantissa times 2 to the power of an
+integer exponent, which spans any temperature and, unlike a rounded logarithm of the sum, gives weights that add up to 1.
+An empty set has the sum 0 * 2^0; where no gradient flows the weight is 0 * 2^0.
 """
 
 import importlib

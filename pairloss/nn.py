@@ -76,4 +76,6 @@ class SNNL(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"tau={self.tau.item():.4g}, learnable={self.log_tau is not None}, " + ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+        return f"tau={self.tau.item():.4g}, learnable={self.log_tau is not None}, " + ", ".join(
+            f"{k}={v!r}" for k, v in self.options.items()
+        )

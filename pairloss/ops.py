@@ -28,8 +28,9 @@ _PAIRS = (
 _NUM_PAIRS = _PAIRS.count(",") + 1
 _DIFFERENTIABLE = (0, 1, 5, 6)  # x, y, row_bias, col_bias
 
-_library.define(f"row_stats({_PAIRS}) -> (Tensor rows, Tensor cols)")
-_library.define(f"row_stats_backward({_PAIRS}, Tensor rows, Tensor cols, Tensor grad_rows, Tensor grad_cols, bool[] needs) -> Tensor[]")
+# row_sums and col_sums are for the backward pass: what the statistics are the logarithms of.
+_library.define(f"row_stats({_PAIRS}) -> (Tensor rows, Tensor cols, Tensor row_sums, Tensor col_sums)")
+_library.define(f"row_stats_backward({_PAIRS}, Tensor row_weights, Tensor col_weights, bool[] needs) -> Tensor[]")
 
 
 def row_stats(
@@ -86,7 +87,8 @@ def row_stats(
     options = (score, m, gamma, both_sides, product_dtype or x.dtype, logit_bound)
     if backend == engines.REFERENCE:
         return reference.row_stats(Call(x, y, ids_x, ids_y, self_offset, row_bias, col_bias, *options))
-    return torch.ops.pairloss.row_stats(x, y, ids_x, ids_y, self_offset, row_bias, col_bias, *options, backend)
+    rows, cols, _, _ = torch.ops.pairloss.row_stats(x, y, ids_x, ids_y, self_offset, row_bias, col_bias, *options, backend)
+    return rows, cols
 
 
 def _check(
@@ -138,16 +140,17 @@ class _LabelOrder:
         ordered |= {name: _take(getattr(call, name), self.order_y, 0) for name in ("y", "ids_y", "col_bias")}
         self.call = Call(**{**call.__dict__, **ordered})
 
-    def rows(self, per_row: Tensor, dim: int) -> Tensor:
-        return _take(per_row, self.order_x, dim)
+    def rows(self, per_row: Tensor) -> Tensor:
+        """Into label order, along the last dimension."""
+        return _take(per_row, self.order_x, per_row.ndim - 1)
 
-    def cols(self, per_col: Tensor, dim: int) -> Tensor:
-        return _take(per_col, self.order_y, dim) if per_col.shape[dim] else per_col
+    def cols(self, per_col: Tensor) -> Tensor:
+        return _take(per_col, self.order_y, per_col.ndim - 1) if per_col.shape[-1] else per_col
 
-    def unordered_rows(self, per_row: Tensor | None, dim: int) -> Tensor | None:
+    def unordered_rows(self, per_row: Any, dim: int) -> Any:
         return _put(per_row, self.order_x, dim)
 
-    def unordered_cols(self, per_col: Tensor | None, dim: int) -> Tensor | None:
+    def unordered_cols(self, per_col: Any, dim: int) -> Any:
         return _put(per_col, self.order_y, dim)
 
 
@@ -161,25 +164,29 @@ def _put(tensor: Tensor | None, order: Tensor | None, dim: int) -> Tensor | None
     return torch.empty_like(tensor).index_copy_(dim, order, tensor)
 
 
-def _row_stats(*args: Any) -> tuple[Tensor, Tensor]:
+def _row_stats(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *pairs, backend = args
     call = Call(*pairs)
     engine = engines.choose(call, backend)
     with torch.autocast(call.x.device.type, enabled=False):
         order = _LabelOrder(call, engine)
-        rows, cols = engine.row_stats_fwd(order.call)
-        return order.unordered_rows(rows, 1), order.unordered_cols(cols, 1)  # type: ignore[return-value]
+        row_sums, col_sums = engine.row_stats_fwd(order.call)
+        row_sums, col_sums = order.unordered_rows(row_sums, 2), order.unordered_cols(col_sums, 2)
+        return _log(row_sums), _log(col_sums), row_sums, col_sums
+
+
+def _log(sums: Tensor) -> Tensor:
+    mantissa, exponent = sums
+    return mantissa.log() + exponent * math.log(2)
 
 
 def _row_stats_backward(*args: Any) -> list[Tensor]:
-    *pairs, backend, rows, cols, grad_rows, grad_cols, needs = args
+    *pairs, backend, row_weights, col_weights, needs = args
     call = Call(*pairs)
     engine = engines.choose(call, backend)
     with torch.autocast(call.x.device.type, enabled=False):
         order = _LabelOrder(call, engine)
-        rows, grad_rows = order.rows(rows, 1), order.rows(grad_rows, 1)
-        cols, grad_cols = order.cols(cols, 1), order.cols(grad_cols, 1)
-        dx, dy, drow_bias, dcol_bias = engine.row_stats_bwd(order.call, rows, cols, grad_rows, grad_cols, needs)
+        dx, dy, drow_bias, dcol_bias = engine.row_stats_bwd(order.call, order.rows(row_weights), order.cols(col_weights), needs)
         grads = (
             order.unordered_rows(dx, 0),
             order.unordered_cols(dy, 0),
@@ -189,29 +196,40 @@ def _row_stats_backward(*args: Any) -> list[Tensor]:
     return [grad for grad, need in zip(grads, needs, strict=True) if need]
 
 
-def _fake(*args: Any) -> tuple[Tensor, Tensor]:
+def _weights(sums: Tensor, grad: Tensor) -> Tensor:
+    """grad * exp(z - log sum) = (grad / mantissa) 2^-exponent * exp(z)."""
+    mantissa, exponent = sums
+    empty = mantissa == 0
+    return torch.stack([torch.where(empty, 0, grad / mantissa), exponent])
+
+
+def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = Call(*args[: _NUM_PAIRS - 1])
-    rows = call.x.new_empty(call.num_sets, call.x.shape[0])
-    return rows, call.x.new_empty(call.num_sets, call.candidates.shape[0] if call.both_sides else 0)
+    n, m = call.x.shape[0], call.candidates.shape[0] if call.both_sides else 0
+    shapes = ((call.num_sets, n), (call.num_sets, m), (2, call.num_sets, n), (2, call.num_sets, m))
+    return tuple(call.x.new_empty(shape) for shape in shapes)  # type: ignore[return-value]
 
 
 def _fake_backward(*args: Any) -> list[Tensor]:
     inputs = [args[i] for i in _DIFFERENTIABLE]
-    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor, need in zip(inputs, args[-1], strict=True) if need]
+    return [torch.empty_like(v, memory_format=torch.contiguous_format) for v, need in zip(inputs, args[-1], strict=True) if need]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*(v for v in inputs if isinstance(v, Tensor)), *output)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    row_sums, col_sums = output[2:]
+    ctx.mark_non_differentiable(row_sums, col_sums)
+    ctx.save_for_backward(*(v for v in inputs if isinstance(v, Tensor)), row_sums, col_sums)
     ctx.inputs = [None if isinstance(v, Tensor) else v for v in inputs]
     ctx.is_tensor = [isinstance(v, Tensor) for v in inputs]
 
 
-def _backward(ctx: Any, grad_rows: Tensor, grad_cols: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, rows, cols = ctx.saved_tensors
+def _backward(ctx: Any, grad_rows: Tensor, grad_cols: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    *tensors, row_sums, col_sums = ctx.saved_tensors
     saved = iter(tensors)
     inputs = [next(saved) if is_tensor else v for v, is_tensor in zip(ctx.inputs, ctx.is_tensor, strict=True)]
     needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
-    grads = iter(torch.ops.pairloss.row_stats_backward(*inputs, rows, cols, grad_rows, grad_cols, needs))
+    weights = _weights(row_sums, grad_rows), _weights(col_sums, grad_cols)
+    grads = iter(torch.ops.pairloss.row_stats_backward(*inputs, *weights, needs))
     result: list[Tensor | None] = [None] * _NUM_PAIRS
     for i, need in zip(_DIFFERENTIABLE, needs, strict=True):
         if need:

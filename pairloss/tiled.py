@@ -4,8 +4,8 @@ Fused: products, biases, the pair left out, label masks, log-sums; never materia
 x against itself visits only tiles on and above the diagonal: each gives its row sums to its rows and its column sums
 to its columns, and in backward both roles of a pair, W_ij + W_ji, come from one exponential.
 
-Inside, logits are in units of log2(e) (exp2 is the cheaper exponential), and every tile is shifted by one number where
-its values lie close enough together that nothing is lost.
+exp2 is the cheaper exponential. A whole tile shares one shift where its values lie close enough together that nothing
+is lost; shifts are integers, so that taking them off again is exact.
 """
 
 import math
@@ -23,9 +23,9 @@ CPU_TILE, DEVICE_TILE = 512, 2048
 # Sorting costs about as much as it saves while there are fewer tile rows than this.
 LABEL_ORDER_TILES = 4
 
-LOG2E, LN2 = math.log2(math.e), math.log(2)
-# float32 keeps full precision in exp2 down to 2^-126: within this width of one another all values of a tile may share
-# a shift and still leave 46 binary digits below the smallest for the sums.
+LOG2E = math.log2(math.e)
+# In units of log2(e). float32 keeps full precision in exp2 from 2^-126 on: within this width of one another, all values of
+# a tile may share a shift and still leave 46 binary digits below the smallest for the sums.
 WIDTH = 80.0
 # Values this close to 0 need no shift at all.
 NO_SHIFT = 40.0
@@ -53,35 +53,33 @@ def label_order_pays(call: Call) -> bool:
 
 def row_stats_fwd(call: Call) -> tuple[Tensor, Tensor]:
     pairs = _Pairs(call)
-    bounded = call.logit_bound * LOG2E <= NO_SHIFT
-    rows = _LogSums(pairs, call.x.shape[0], bounded)
-    cols = rows if call.symmetric else _LogSums(pairs, call.candidates.shape[0] if call.both_sides else 0, bounded)
+    rows = _Sums(pairs, call.x.shape[0])
+    cols = rows if call.symmetric else _Sums(pairs, call.candidates.shape[0] if call.both_sides else 0)
 
     for tile in pairs.tiles():
         z = pairs.logits(tile)
         to_cols = tile.mirrored or call.both_sides
-        shift = 0.0 if bounded else pairs.value_shift(z)
+        shift = pairs.value_shift(z)
         pairs.leave_out(z, tile)
         if shift is None:
             for k, zk in pairs.split(z, tile, -math.inf):
-                rows.add(k, tile.i, *_exp2_sum(zk, 1))
+                rows.add(k, tile.i, *pairs.exp2_sum(zk, 1))
                 if to_cols:
-                    cols.add(k, tile.j, *_exp2_sum(zk, 0))
+                    cols.add(k, tile.j, *pairs.exp2_sum(zk, 0))
         else:
-            e = (z.sub_(shift) if shift else z).exp2_()
+            e = pairs.exp2_(z, shift)
             for k, ek in pairs.split(e, tile, 0.0):
                 rows.add(k, tile.i, shift, ek.sum(1))
                 if to_cols:
                     cols.add(k, tile.j, shift, ek.sum(0))
-    return rows.log(), (rows.log()[:, :0] if call.symmetric else cols.log())
+    row_sums = rows.sums()
+    return row_sums, row_sums[..., :0] if call.symmetric else cols.sums()
 
 
-def row_stats_bwd(
-    call: Call, rows: Tensor, cols: Tensor, grad_rows: Tensor, grad_cols: Tensor, needs: list[bool]
-) -> list[Tensor | None]:
+def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: list[bool]) -> list[Tensor | None]:
     pairs = _Pairs(call)
-    row_weights = _Weights(pairs, rows, grad_rows)
-    col_weights = row_weights if call.symmetric else _Weights(pairs, cols, grad_cols) if call.both_sides else None
+    rows = _Weights(pairs, row_weights)
+    cols = rows if call.symmetric else _Weights(pairs, col_weights) if call.both_sides else None
 
     inputs = (call.x, call.y, call.row_bias, call.col_bias)
     dx, dy, drow_bias, dcol_bias = (
@@ -93,7 +91,7 @@ def row_stats_bwd(
     for tile in pairs.tiles():
         z = pairs.logits(tile)
         pairs.leave_out(z, tile)
-        w = _pair_weights(pairs, tile, z, row_weights, col_weights)
+        w = _pair_weights(pairs, tile, z, rows, cols)
         off_diagonal = tile.mirrored or not call.symmetric
         if dx is not None:
             dx[tile.i].addmm_(w, pairs.y[tile.j])
@@ -107,13 +105,13 @@ def row_stats_bwd(
 
 
 def _pair_weights(pairs: "_Pairs", tile: Tile, z: Tensor, rows: "_Weights", cols: "_Weights | None") -> Tensor:
-    """A_ij = grad_i exp(z_ij - stat_i) + the same for the column's statistic, over z. The score is linear: W = A."""
+    """The row's weight times exp(z) plus the column's; may overwrite z. The score is linear, so W = A."""
     sets = range(pairs.num_sets) if tile.only is None else [tile.only]
     ranges = [rows.range[k][tile.row] for k in sets] + ([cols.range[k][tile.col] for k in sets] if cols else [])
     shift = _shift(min(low for low, _ in ranges), max(high for _, high in ranges)) if pairs.host else None
     if shift is not None:  # one exponential serves both roles
         outer = [_outer_sum(rows.shifted(k, tile.i, shift), cols.shifted(k, tile.j, shift) if cols else None, z) for k in sets]
-        e = (z.sub_(shift) if shift else z).exp2_()
+        e = pairs.exp2_(z, shift)
         # lerp takes either end exactly
         return e.mul_(outer[0] if len(outer) == 1 else torch.lerp(outer[1], outer[0], pairs.same(tile)))
     w = rows.exact(pairs, tile, z, tile.i, 1)
@@ -128,13 +126,7 @@ def _shift(low: float, high: float) -> float | None:
     """One shift for values in [low, high], None if they lie too far apart (or are not numbers)."""
     if low >= -NO_SHIFT and high <= NO_SHIFT:
         return 0.0
-    return (low + high) / 2 if high - low <= WIDTH else None
-
-
-def _exp2_sum(z: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """(m, sum of 2^(z - m)) with m the maximum, finite for an empty row."""
-    m = z.amax(dim, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)
-    return m.squeeze(dim), (z - m).exp2_().sum(dim)
+    return float(round((low + high) / 2)) if high - low <= WIDTH else None
 
 
 def _tile(call: Call) -> int:
@@ -151,9 +143,11 @@ class _Pairs:
         self.host = call.x.device.type == "cpu"  # where values may steer the program without a device sync
         self.x = call.x.to(call.product_dtype).to(call.x.dtype).contiguous()
         self.y = self.x if call.y is None else call.y.to(call.product_dtype).to(call.x.dtype).contiguous()
-        self.row_bias = None if call.row_bias is None else call.row_bias * LOG2E
+        # Small logits leave the product in units of log2(e) already, large ones would lose digits to that rounding.
+        self.bounded = call.logit_bound * LOG2E <= NO_SHIFT
+        self.unit = LOG2E if self.bounded else 1.0
         col_bias = call.row_bias if call.symmetric else call.col_bias
-        self.col_bias = None if col_bias is None else col_bias * LOG2E
+        self.row_bias, self.col_bias = (None if bias is None else bias * self.unit for bias in (call.row_bias, col_bias))
         self.ids_x, self.ids_y = self._ids()
         self.buffer = self.x.new_empty(min(self.tile, len(self.x)) * min(self.tile, len(self.y)))
 
@@ -198,24 +192,43 @@ class _Pairs:
         return (slice(start, min(start + self.tile, n)) for start in range(0, n, self.tile))
 
     def logits(self, tile: Tile) -> Tensor:
-        """z in units of log2(e), in a buffer that the next call overwrites."""
+        """z times the unit, in a buffer that the next call overwrites."""
         x, y = self.x[tile.i], self.y[tile.j]
         z = self.buffer[: len(x) * len(y)].view(len(x), len(y))
         if self.col_bias is None:
-            torch.addmm(z, x, y.T, beta=0, alpha=LOG2E, out=z)
+            torch.addmm(z, x, y.T, beta=0, alpha=self.unit, out=z)
         else:
-            torch.addmm(self.col_bias[tile.j], x, y.T, alpha=LOG2E, out=z)
-        return z if self.row_bias is None else z.add_(self.row_bias[tile.i, None])
+            torch.addmm(self.col_bias[tile.j], x, y.T, alpha=self.unit, out=z)
+        if self.row_bias is not None:
+            z.add_(self.row_bias[tile.i, None])
+        if self.call.symmetric and not tile.mirrored:  # a product need not round z_ij and z_ji alike, but both stand for one pair
+            z.copy_(z.triu() + z.triu(1).T)
+        return z
 
     def leave_out(self, z: Tensor, tile: Tile) -> None:
         if tile.left_out is not None:
             z.diagonal(tile.left_out).fill_(-math.inf)
 
+    def exp2_(self, z: Tensor, shift: float | Tensor) -> Tensor:
+        """exp(logit) 2^-shift, over z. One fused multiply-add: rounded once, after the large parts have cancelled."""
+        if self.bounded:
+            return (z if isinstance(shift, float) and shift == 0 else z.sub_(shift)).exp2_()
+        minus = -shift if isinstance(shift, Tensor) else torch.tensor(-shift, dtype=z.dtype, device=z.device)
+        return torch.add(minus, z, alpha=LOG2E, out=z).exp2_()
+
+    def exp2_sum(self, z: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """(m, sum of exp(logit) 2^-m) with m the maximum as an integer, finite for an empty row."""
+        m = (z.amax(dim, keepdim=True) * (LOG2E / self.unit)).ceil_().clamp_(min=torch.finfo(z.dtype).min)
+        return m.squeeze(dim), self.exp2_(z.clone(), m).sum(dim)
+
     def value_shift(self, z: Tensor) -> float | None:
+        """One shift for all values of the tile, None if there is none (or, off the CPU, no way to know)."""
+        if self.bounded:
+            return 0.0
         if not self.host:
             return None
         low, high = z.aminmax()
-        return _shift(low.item(), high.item())
+        return _shift(low.item() * LOG2E, high.item() * LOG2E)
 
     def same(self, tile: Tile) -> Tensor:
         """1 where the ids agree, 0 elsewhere."""
@@ -242,13 +255,13 @@ class _Pairs:
             yield 1, values.masked_fill(mask, outside)
 
 
-class _LogSums:
-    """Running sums of 2^z per set and row, held as (m, s): the sum is s 2^m."""
+class _Sums:
+    """Running sums of 2^z per set and row, as s 2^m with an integer m."""
 
-    def __init__(self, pairs: _Pairs, n: int, bounded: bool) -> None:
-        self.bounded = bounded
+    def __init__(self, pairs: _Pairs, n: int) -> None:
+        self.bounded = pairs.bounded
         self.s = pairs.x.new_zeros(pairs.num_sets, n)
-        self.m = torch.full_like(self.s, 0.0 if bounded else torch.finfo(self.s.dtype).min)
+        self.m = torch.full_like(self.s, 0.0 if self.bounded else torch.finfo(self.s.dtype).min)
 
     def add(self, k: int, rows: slice, shift: float | Tensor, total: Tensor) -> None:
         s, m = self.s[k, rows], self.m[k, rows]
@@ -262,28 +275,27 @@ class _LogSums:
         s.mul_((m - top).exp2_()).add_(total * (shift - top).exp2_())
         m.copy_(top)
 
-    def log(self) -> Tensor:
-        """Natural logarithms; -inf where nothing was added."""
-        return self.s.log().add_(self.m, alpha=LN2)
+    def sums(self) -> Tensor:
+        mantissa, exponent = torch.frexp(self.s)
+        return torch.stack([mantissa, torch.where(mantissa == 0, 0, self.m + exponent)])
 
 
 class _Weights:
-    """g_k exp(z - stat_k) of one side: what backward multiplies a pair's exponential with."""
+    """The weights of one side: what backward multiplies a pair's exp(z) with."""
 
-    def __init__(self, pairs: _Pairs, stats: Tensor, grads: Tensor) -> None:
-        empty = stats == -math.inf
-        self.stat = torch.where(empty, 0, stats * LOG2E)
-        self.grad = torch.where(empty, 0, grads)
-        self.range = [pairs.ranges(self.stat[k], empty[k]) for k in range(len(stats))] if pairs.host else []
+    def __init__(self, pairs: _Pairs, weights: Tensor) -> None:
+        self.mantissa, self.exponent = weights
+        none = self.mantissa == 0
+        self.range = [pairs.ranges(self.exponent[k], none[k]) for k in range(pairs.num_sets)] if pairs.host else []
 
     def shifted(self, k: int, rows: slice, shift: float) -> Tensor:
-        grad = self.grad[k, rows]
-        return torch.where(grad == 0, 0, grad * (shift - self.stat[k, rows]).exp2_())
+        mantissa = self.mantissa[k, rows]
+        return torch.where(mantissa == 0, 0, mantissa * (shift - self.exponent[k, rows]).exp2_())
 
     def exact(self, pairs: _Pairs, tile: Tile, z: Tensor, rows: slice, dim: int) -> Tensor:
-        """The weights of one side with a shift of its own for each pair: right however far the statistics lie apart."""
-        stat, grad = (v[:, rows].unsqueeze(1 + dim) for v in (self.stat, self.grad))
+        """A_ij of one side with a shift of its own for each pair: right however far the exponents lie apart."""
+        mantissa, exponent = (v[:, rows].unsqueeze(1 + dim) for v in (self.mantissa, self.exponent))
         if tile.only is not None:
-            return (z - stat[tile.only]).exp2_().mul_(grad[tile.only])
+            return pairs.exp2_(z.clone(), exponent[tile.only]).mul_(mantissa[tile.only])
         same = pairs.same(tile).bool()
-        return (z - torch.where(same, stat[0], stat[1])).exp2_().mul_(torch.where(same, grad[0], grad[1]))
+        return pairs.exp2_(z.clone(), torch.where(same, exponent[0], exponent[1])).mul_(torch.where(same, mantissa[0], mantissa[1]))

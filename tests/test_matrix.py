@@ -1,0 +1,113 @@
+"""Every loss x option x engine x dtype x shape x tile against float64, by the one error rule."""
+
+import functools
+
+import pytest
+import torch
+from conftest import DTYPES, INTERPRETED, RUNNABLE, TILED, TILES, Engine, assert_same_loss_and_gradients, skip_if_unable, tiles
+
+from pairloss.testing import LOSSES, Sample
+
+pytestmark = pytest.mark.engines
+
+# (1, 1): no pairs. (2, 3): one pair. (33, 16): ragged at tiles of 4 and 16, every kind of tile. (40, 70): whole tiles of 4,
+# rows longer than a tile; label order is on with tiles of 4. (70, 5): label order with tiles of 16.
+SHAPES = [(1, 1), (2, 3), (33, 16), (40, 70), (70, 5)]
+# The interpreter takes about a second for what a kernel does in microseconds.
+INTERPRETED_SHAPES = [(1, 1), (33, 16), (70, 5)]
+
+CASES = [(loss, option) for loss, spec in LOSSES.items() for option in spec.options]
+
+
+@functools.cache
+def truth_of(loss: str, option: str, n: int, d: int, dtype: torch.dtype):
+    """The sample with values that exist in dtype, its float64 truth, and eager PyTorch's answer in dtype."""
+    spec = LOSSES[loss]
+    sample = spec.sample(n, d, 17 * n + d, option).to(dtype)
+    return (
+        sample,
+        sample.to(torch.float64).run(spec.function, backend="reference"),
+        sample.run(spec.function, backend="reference"),
+    )
+
+
+def check(engine: Engine, loss: str, option: str, n: int, d: int, dtype: torch.dtype, tile: int | None, layout: str | None = None) -> None:
+    sample, truth, eager = truth_of(loss, option, n, d, dtype)
+    moved = sample.on(engine.device)
+    moved = Sample({name: in_layout(v, layout) for name, v in moved.differentiable.items()}, moved.others)
+    with tiles(tile):
+        ours = moved.run(LOSSES[loss].function, backend=engine.name)
+    assert_same_loss_and_gradients(sample, ours, truth, eager, dtype)
+
+
+def in_layout(tensor: torch.Tensor, layout: str | None) -> torch.Tensor:
+    if layout is None or tensor.ndim < 2:
+        return tensor
+    if layout == "transposed":
+        return tensor.t().contiguous().t()
+    if layout == "sliced":
+        wide = torch.full((2 * tensor.shape[0], tensor.shape[1] + 3), torch.nan, dtype=tensor.dtype, device=tensor.device)
+        wide[::2, 1:-2] = tensor
+        return wide[::2, 1:-2]
+    raise AssertionError(layout)
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"tile-{tile or 'shipped'}")
+@pytest.mark.parametrize(("n", "d"), INTERPRETED_SHAPES if INTERPRETED else SHAPES, ids=lambda v: str(v))
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("engine", TILED, ids=lambda engine: "-".join(engine))
+@pytest.mark.parametrize(("loss", "option"), CASES)
+def test_loss_and_gradients(engine, dtype, n, d, tile, loss, option):
+    skip_if_unable(engine, dtype)
+    check(engine, loss, option, n, d, dtype, tile)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced"])
+@pytest.mark.parametrize("engine", TILED, ids=lambda engine: "-".join(engine))
+@pytest.mark.parametrize("option", ["cosine", "sqeuclidean-ref"])
+def test_layouts(engine, layout, option):
+    check(engine, "snnl", option, 33, 16, torch.float32, 16, layout)
+
+
+@pytest.mark.parametrize("d", [1, 15, 127, 300, 1025, 2048])
+@pytest.mark.parametrize("engine", TILED, ids=lambda engine: "-".join(engine))
+def test_widths(engine, d):
+    check(engine, "snnl", "dot", 20, d, torch.float32, None)
+
+
+@pytest.mark.parametrize("tau", [0.001, 0.005, 0.02, 0.1, 1.0, 100.0])
+@pytest.mark.parametrize("metric", ["cosine", "dot", "sqeuclidean"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("engine", TILED, ids=lambda engine: "-".join(engine))
+@pytest.mark.parametrize("kind", ["number", "tensor"])
+def test_any_temperature(engine, dtype, metric, tau, kind):
+    """Finite and right where logits reach thousands, and where they vanish."""
+    skip_if_unable(engine, dtype)
+    spec = LOSSES["snnl"]
+    sample = spec.sample(37, 8, 5, metric).to(dtype)
+    tau_ = torch.tensor(tau, dtype=dtype)
+    differentiable = {"features": sample.differentiable["features"]} | ({"tau": tau_} if kind == "tensor" else {})
+    sample = Sample(differentiable, sample.others | ({"tau": tau_.item()} if kind == "number" else {}))
+    truth = sample.to(torch.float64).run(spec.function, backend="reference")
+    eager = sample.run(spec.function, backend="reference")
+    with tiles(16):
+        ours = sample.on(engine.device).run(spec.function, backend=engine.name)
+    assert torch.isfinite(ours[0]).all()
+    assert all(torch.isfinite(grad).all() for grad in ours[1].values())
+    assert_same_loss_and_gradients(sample, ours, truth, eager, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("engine", RUNNABLE, ids=lambda engine: "-".join(engine))
+def test_same_input_same_bits(engine, dtype):
+    skip_if_unable(engine, dtype)
+    sample = LOSSES["snnl"].sample(70, 16, 3, "sqeuclidean").to(dtype).on(engine.device)
+    with tiles(16):
+        (loss, grads), (again, again_grads) = (sample.run(LOSSES["snnl"].function, backend=engine.name) for _ in range(2))
+    assert torch.equal(loss, again)
+    assert all(torch.equal(grads[name], again_grads[name]) for name in grads)
+
+
+def test_unwritten_memory_is_nan():
+    assert torch.empty(5).isnan().all()
+    assert torch.ones(3).new_empty(2).isnan().all()
