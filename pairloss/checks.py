@@ -64,14 +64,14 @@ def temperature(name: str, value: float | Tensor, like: Tensor) -> float | Tenso
 
 def positive(name: str, value: float) -> float:
     number(name, value)
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a finite number > 0, got {value}")
     return float(value)
 
 
 def non_negative(name: str, value: float) -> None:
     number(name, value)
-    if not (value >= 0 and math.isfinite(value)):
+    if not 0 <= value < math.inf:
         raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
 
 

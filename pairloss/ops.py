@@ -87,7 +87,7 @@ def row_stats(
     options = (score, m, gamma, both_sides, product_dtype or x.dtype, logit_bound)
     if backend == engines.REFERENCE:
         return reference.row_stats(Call(x, y, ids_x, ids_y, self_offset, row_bias, col_bias, *options))
-    rows, cols, _, _ = torch.ops.pairloss.row_stats(x, y, ids_x, ids_y, self_offset, row_bias, col_bias, *options, backend)
+    rows, cols, _, _ = _RowStats.apply(x, y, ids_x, ids_y, self_offset, row_bias, col_bias, *options, backend)
     return rows, cols
 
 
@@ -215,37 +215,58 @@ def _fake_backward(*args: Any) -> list[Tensor]:
     return [torch.empty_like(v, memory_format=torch.contiguous_format) for v, need in zip(inputs, args[-1], strict=True) if need]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    row_sums, col_sums = output[2:]
-    ctx.mark_non_differentiable(row_sums, col_sums)
-    ctx.save_for_backward(*(v for v in inputs if isinstance(v, Tensor)), row_sums, col_sums)
-    ctx.inputs = [None if isinstance(v, Tensor) else v for v in inputs]
-    ctx.is_tensor = [isinstance(v, Tensor) for v in inputs]
+class _RowStats(torch.autograd.Function):
+    """Autograd around the op. torch.library.register_autograd would cost twice as much per call and lacks torch.func (docs/design.md)."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return torch.ops.pairloss.row_stats(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        row_sums, col_sums = output[2:]
+        ctx.mark_non_differentiable(row_sums, col_sums)
+        ctx.save_for_backward(*(v for v in inputs if isinstance(v, Tensor)), row_sums, col_sums)
+        ctx.inputs = [None if isinstance(v, Tensor) else v for v in inputs]
+        ctx.is_tensor = [isinstance(v, Tensor) for v in inputs]
+
+    @staticmethod
+    def backward(ctx: Any, grad_rows: Tensor, grad_cols: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        *tensors, row_sums, col_sums = ctx.saved_tensors
+        saved = iter(tensors)
+        inputs = [next(saved) if is_tensor else v for v, is_tensor in zip(ctx.inputs, ctx.is_tensor, strict=True)]
+        needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
+        weights = _weights(row_sums, grad_rows), _weights(col_sums, grad_cols)
+        # Compiled graphs refuse second derivatives by themselves, and dynamo doesn't trace a Function within a Function.
+        backward = torch.ops.pairloss.row_stats_backward if torch.compiler.is_compiling() else _RowStatsBackward.apply
+        grads = iter(backward(*inputs, *weights, needs))
+        result: list[Tensor | None] = [None] * _NUM_PAIRS
+        for i, need in zip(_DIFFERENTIABLE, needs, strict=True):
+            if need:
+                result[i] = next(grads)
+        return tuple(result)
 
 
-def _backward(ctx: Any, grad_rows: Tensor, grad_cols: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    *tensors, row_sums, col_sums = ctx.saved_tensors
-    saved = iter(tensors)
-    inputs = [next(saved) if is_tensor else v for v, is_tensor in zip(ctx.inputs, ctx.is_tensor, strict=True)]
-    needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
-    weights = _weights(row_sums, grad_rows), _weights(col_sums, grad_cols)
-    grads = iter(torch.ops.pairloss.row_stats_backward(*inputs, *weights, needs))
-    result: list[Tensor | None] = [None] * _NUM_PAIRS
-    for i, need in zip(_DIFFERENTIABLE, needs, strict=True):
-        if need:
-            result[i] = next(grads)
-    return tuple(result)
+class _RowStatsBackward(torch.autograd.Function):
+    """The backward op, with no derivative of its own."""
 
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.ops.pairloss.row_stats_backward(*args))
 
-def _refuse_double_backward(ctx: Any, *grads: Any) -> Any:
-    raise NotImplementedError(
-        "pairloss: second derivatives are not implemented by the fused engines; backend='reference' has them, at the cost of the N x N matrix"
-    )
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            "pairloss: second derivatives are not implemented by the fused engines; "
+            "backend='reference' has them, at the cost of the N x N matrix"
+        )
 
 
 _library.impl("row_stats", _row_stats, "CompositeExplicitAutograd")
 _library.impl("row_stats_backward", _row_stats_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("pairloss::row_stats", _fake, lib=_library)
 torch.library.register_fake("pairloss::row_stats_backward", _fake_backward, lib=_library)
-torch.library.register_autograd("pairloss::row_stats", _backward, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("pairloss::row_stats_backward", _refuse_double_backward, lib=_library)

@@ -12,7 +12,8 @@ from .engines import Call
 def row_stats(call: Call) -> tuple[Tensor, Tensor]:
     """pairloss.ops.row_stats with the N x M matrix."""
     x, y = (_rounded(rows, call.product_dtype) for rows in (call.x, call.candidates))
-    z = x @ y.T
+    with torch.autocast(x.device.type, enabled=False):  # product_dtype says it all
+        z = x @ y.T
     col_bias = call.row_bias if call.symmetric else call.col_bias
     if call.row_bias is not None:
         z = z + call.row_bias[:, None]

@@ -73,7 +73,7 @@ def row_stats_fwd(call: Call) -> tuple[Tensor, Tensor]:
                 if to_cols:
                     cols.add(k, tile.j, shift, ek.sum(0))
     row_sums = rows.sums()
-    return row_sums, row_sums[..., :0] if call.symmetric else cols.sums()
+    return row_sums, row_sums.new_empty(*row_sums.shape[:2], 0) if call.symmetric else cols.sums()
 
 
 def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: list[bool]) -> list[Tensor | None]:

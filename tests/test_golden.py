@@ -1,4 +1,4 @@
-"""The well-known implementations' loss and gradient in float64: tests/golden, and a larger set from PAIRLOSS_GOLDEN if that names a folder."""
+"""The well-known implementations' loss and gradient in float64: tests/golden, and more if PAIRLOSS_GOLDEN names a folder."""
 
 import os
 from pathlib import Path

@@ -1,0 +1,186 @@
+"""What every loss promises, generated from the table of losses: gradcheck, opcheck, compile, export, autocast, func, dtypes."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import DTYPES, TILES, tiles
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from pairloss.testing import LOSSES, Sample
+
+CASES = [(loss, option) for loss, spec in LOSSES.items() for option in spec.options]
+
+
+def arguments(loss: str, option: str, n: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Sample, list[str]]:
+    sample = LOSSES[loss].sample(n, d, n, option).to(dtype)
+    return sample, list(sample.differentiable)
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"tile-{tile or 'shipped'}")
+@pytest.mark.parametrize(("loss", "option"), CASES)
+def test_gradcheck_through_the_tiles(loss, option, tile):
+    sample, names = arguments(loss, option, 9, 3, torch.float64)
+
+    def function(*values):
+        return LOSSES[loss].function(**dict(zip(names, values, strict=True)), **sample.others, backend="torch")
+
+    with tiles(tile):
+        assert torch.autograd.gradcheck(function, [v.requires_grad_() for v in sample.differentiable.values()])
+
+
+@pytest.mark.parametrize("option", ["cosine", "sqeuclidean", "ref"])
+def test_gradcheck_of_the_reference(option):
+    sample, names = arguments("snnl", option, 6, 3, torch.float64)
+
+    def function(*values):
+        return LOSSES["snnl"].function(**dict(zip(names, values, strict=True)), **sample.others, backend="reference")
+
+    inputs = [v.requires_grad_() for v in sample.differentiable.values()]
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def op_calls():
+    x, y = torch.randn(9, 4), torch.randn(7, 4)
+    ids_x, ids_y = torch.arange(9) % 3, torch.arange(7) % 3
+    options = ("linear", 0.0, 1.0, False, torch.float32, 5.0, "torch")
+    yield "self", (x, None, ids_x, None, 0, None, None, *options)
+    yield "self-bias", (x, None, None, None, 0, torch.randn(9), None, *options)
+    yield "two", (x, y, ids_x, ids_y, None, torch.randn(9), torch.randn(7), *options)
+    yield "both-sides", (x, y, ids_x, ids_y, 2, None, torch.randn(7), "linear", 0.0, 1.0, True, torch.bfloat16, float("inf"), "torch")
+
+
+@pytest.mark.parametrize(("name", "args"), list(op_calls()), ids=lambda v: v if isinstance(v, str) else "")
+def test_opcheck_forward(name, args):
+    torch.library.opcheck(torch.ops.pairloss.row_stats.default, args)
+
+
+@pytest.mark.parametrize(("name", "args"), list(op_calls()), ids=lambda v: v if isinstance(v, str) else "")
+def test_opcheck_backward(name, args):
+    rows, cols, row_sums, col_sums = torch.ops.pairloss.row_stats(*args)
+    needs = [isinstance(args[i], torch.Tensor) for i in (0, 1, 5, 6)]
+    torch.library.opcheck(torch.ops.pairloss.row_stats_backward.default, (*args, torch.ones_like(row_sums), torch.ones_like(col_sums), needs))
+
+
+@pytest.mark.parametrize(("loss", "option"), CASES)
+def test_compiles_to_one_graph_with_the_same_result(loss, option):
+    sample, _ = arguments(loss, option, 13, 5)
+    expected = sample.run(LOSSES[loss].function)
+    torch.compiler.reset()
+    ours = sample.run(torch.compile(LOSSES[loss].function, fullgraph=True, backend="aot_eager"))
+    torch.testing.assert_close(ours, expected)
+
+
+def test_compiles_once_for_all_batch_sizes():
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(LOSSES["snnl"].function, fullgraph=True, dynamic=True, backend=counter)
+    frames = []
+    for n in (9, 64, 700, 2049, 33):
+        sample, _ = arguments("snnl", "cosine", n, 5)
+        torch.testing.assert_close(sample.run(compiled), sample.run(LOSSES["snnl"].function))
+        frames.append(counter.frame_count)
+    assert len(set(frames)) == 1
+
+
+def test_compiles_with_inductor():
+    if shutil.which("g++") is None:
+        pytest.skip("inductor needs a C++ compiler for the CPU, there is none")
+    torch.compiler.reset()
+    sample, _ = arguments("snnl", "cosine", 33, 5)
+    ours = sample.run(torch.compile(LOSSES["snnl"].function, fullgraph=True))
+    torch.testing.assert_close(ours, sample.run(LOSSES["snnl"].function))
+
+
+def test_exports():
+    class Loss(torch.nn.Module):
+        def forward(self, features, labels, tau):
+            return LOSSES["snnl"].function(features, labels, tau)
+
+    sample, _ = arguments("snnl", "cosine", 20, 5)
+    inputs = (sample.differentiable["features"], sample.others["labels"], sample.differentiable["tau"])
+    n = torch.export.Dim("n", min=2)
+    program = torch.export.export(Loss(), inputs, dynamic_shapes=({0: n}, {0: n}, None))
+    other, _ = arguments("snnl", "cosine", 31, 5)
+    inputs = (other.differentiable["features"], other.others["labels"], other.differentiable["tau"])
+    torch.testing.assert_close(program.module()(*inputs), Loss()(*inputs))
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_autocast_rounds_only_the_products(autocast, compiled):
+    """float32 features under autocast: as if the prepared rows had been rounded; statistics, loss and gradient float32."""
+    sample, _ = arguments("snnl", "cosine", 40, 7)
+    function = LOSSES["snnl"].function
+    if compiled:
+        torch.compiler.reset()
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    features = sample.differentiable["features"].requires_grad_()
+
+    def under_autocast(function, **options):
+        with torch.autocast("cpu", autocast):
+            loss = function(features, sample.others["labels"], 0.2, **options)
+        return loss.detach(), *torch.autograd.grad(loss, features)
+
+    ours = under_autocast(function)
+    assert [v.dtype for v in ours] == [torch.float32, torch.float32]
+    torch.testing.assert_close(ours, under_autocast(LOSSES["snnl"].function, backend="reference"), rtol=1e-5, atol=1e-6)
+    assert not torch.equal(ours[0], LOSSES["snnl"].function(features, sample.others["labels"], 0.2))
+
+
+@pytest.mark.parametrize("option", ["cosine", "sqeuclidean", "ref"])
+def test_functorch_grad(option):
+    sample, names = arguments("snnl", option, 20, 5)
+    gradient = torch.func.grad(
+        lambda *values: LOSSES["snnl"].function(**dict(zip(names, values, strict=True)), **sample.others), argnums=tuple(range(len(names)))
+    )
+    expected = sample.run(lambda **kwargs: LOSSES["snnl"].function(**kwargs) / 0.5)[1]  # run() weighs a single loss with 0.5
+    torch.testing.assert_close(dict(zip(names, gradient(*sample.differentiable.values()), strict=True)), expected)
+
+
+def test_second_derivatives_are_refused_clearly():
+    sample, _ = arguments("snnl", "cosine", 9, 3, torch.float64)
+    x = sample.differentiable["features"].requires_grad_()
+    loss = LOSSES["snnl"].function(x, sample.others["labels"], 0.5)
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives are not implemented .* backend='reference' has them"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes_in_and_out(dtype):
+    sample, _ = arguments("snnl", "number-tau", 12, 4, dtype)
+    loss, grads = sample.run(LOSSES["snnl"].function)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert grads["features"].dtype == dtype
+
+
+@pytest.mark.parametrize(("dtype", "real"), [(torch.complex64, torch.float32), (torch.complex128, torch.float64)], ids=str)
+@pytest.mark.parametrize("metric", ["cosine", "dot", "sqeuclidean"])
+def test_complex_features_count_by_their_real_view(dtype, real, metric):
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(12, 3, dtype=dtype, generator=generator).requires_grad_()
+    x = torch.cat([z.detach().real, z.detach().imag], 1).requires_grad_()
+    labels = torch.arange(12) % 3
+    loss, real_loss = (LOSSES["snnl"].function(v, labels, 0.5, metric=metric) for v in (z, x))
+    loss.backward()
+    real_loss.backward()
+    assert loss.dtype == real
+    torch.testing.assert_close(loss, real_loss)
+    torch.testing.assert_close(torch.cat([z.grad.real, z.grad.imag], 1), x.grad)
+    if metric == "cosine":  # Re <a, conj b>, as written
+        unit = z.detach() / z.detach().abs().square().sum(1, keepdim=True).sqrt()
+        logits = (unit @ unit.conj().T).real / 0.5
+        same = (labels[:, None] == labels) & ~torch.eye(12, dtype=torch.bool)
+        other = labels[:, None] != labels
+        expected = ((logits.exp() * (same | other)).sum(1) / (logits.exp() * same).sum(1)).log().mean()
+        torch.testing.assert_close(loss.detach(), expected)
+
+
+@pytest.mark.parametrize(("loss", "option"), CASES)
+def test_everything_is_made_on_the_device_of_the_features(loss, option):
+    """On the meta device: an operand left on the CPU would raise."""
+    sample, _ = arguments(loss, option, 20, 5)
+    result, grads = sample.on("meta").run(LOSSES[loss].function)
+    assert {v.device.type for v in (result, *grads.values())} == {"meta"}
