@@ -28,7 +28,7 @@ def features(name: str, value: Tensor, like: Tensor | None = None) -> None:
         same_device(name, value, like)
         if value.shape[1] != like.shape[1] or value.dtype != like.dtype:
             raise ValueError(
-                f"{name}: expected {like.dtype} of shape [M, {like.shape[1]}] as the features have it, got {value.dtype} {list(value.shape)}"
+                f"{name}: expected {like.dtype} of shape [M, {like.shape[1]}] like the features, got {value.dtype} {list(value.shape)}"
             )
 
 

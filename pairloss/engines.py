@@ -15,6 +15,7 @@ An empty set has the sum 0 * 2^0; where no gradient flows the weight is 0 * 2^0.
 
 import importlib
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -75,6 +76,12 @@ class Call:
 
 def tile_size(default: int) -> int:
     return default if _tile_override is None else _tile_override
+
+
+def without_autocast(call: Call) -> AbstractContextManager[None]:
+    """The call says in which dtype to multiply; autocast must not change its mind."""
+    device = call.x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def load(name: str) -> ModuleType:

@@ -39,7 +39,7 @@ def snnl(
     formula of Frosst et al.'s code, whose logarithm saturates at ``-log(eps)``:
 
     .. math::
-        l_i = -\log \Big( \epsilon + \frac{\sum_{j \ne i,\, y_j = y_i} e^{-d_{ij} / \tau}}{\epsilon + \sum_{k \ne i} e^{-d_{ik} / \tau}} \Big)
+        l_i = -\log \Big( \epsilon + \frac{\sum_{j \ne i, y_j = y_i} e^{-d_{ij}/\tau}}{\epsilon + \sum_{k \ne i} e^{-d_{ik}/\tau}} \Big)
 
     Args:
         features: [N, D], N >= 1, D >= 1, any strides; float64, float32, float16, bfloat16 or complex (compared by
@@ -48,7 +48,7 @@ def snnl(
         tau: temperature, a number > 0 or a 0-dim tensor, which may be learnable. It divides the distance.
         metric: "cosine", "sqeuclidean", or "dot" (rows as they come).
         eps: 0 for the exact loss, else the constant of the stabilised formula (the literature uses 1e-5).
-        ref_features: [M, D], compare the anchors with these instead (a memory bank); no pair is left out then.
+        ref_features: [M, D], what the anchors are compared with instead (a memory bank); no pair is left out then.
         ref_labels: [M], the labels of ref_features.
         weight: [N], weight of each anchor.
         focal: gamma >= 0; multiplies l_i by (1 - p_i)^gamma, p_i the fraction inside the logarithm.
@@ -101,6 +101,8 @@ def snnl(
     ignored = None if ignore_index is None else labels == ignore_index
     ref_ignored = None if ignore_index is None or ref_labels is None else ref_labels == ignore_index
 
+    weight = anchors.weights(labels, weight, class_weight, ignored, torch.promote_types(features.dtype, torch.float32))
+
     x, y, row_bias, col_bias, product_dtype, logit_bound = prepare(features, ref_features, tau, metric, ignored, ref_ignored)
     (pos, neg), _ = row_stats(
         x,
@@ -128,11 +130,11 @@ def snnl(
         losses = losses * torch.exp(focal * log_rest)
     if ignored is not None:
         counts = counts & ~ignored
-    return anchors.reduce(losses, counts, anchors.weights(labels, weight, class_weight, ignored, losses.dtype), reduction)
+    return anchors.reduce(losses, counts, weight, reduction)
 
 
 def _exact(pos: Tensor, neg: Tensor, no_positives: Tensor) -> tuple[Tensor, Tensor]:
-    """(-log p, log(1 - p)) with p = e^pos / (e^pos + e^neg). From the difference: log-sums of everything lose all digits once p is near 1."""
+    """(-log p, log(1 - p)) with p = e^pos / (e^pos + e^neg): from the difference, which keeps its digits once p is near 1."""
     margin = torch.where(no_positives, 0, pos - neg)
     return torch.where(no_positives, 0, -logsigmoid(margin)), logsigmoid(-margin)
 

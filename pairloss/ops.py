@@ -168,7 +168,7 @@ def _row_stats(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *pairs, backend = args
     call = Call(*pairs)
     engine = engines.choose(call, backend)
-    with torch.autocast(call.x.device.type, enabled=False):
+    with engines.without_autocast(call):
         order = _LabelOrder(call, engine)
         row_sums, col_sums = engine.row_stats_fwd(order.call)
         row_sums, col_sums = order.unordered_rows(row_sums, 2), order.unordered_cols(col_sums, 2)
@@ -184,7 +184,7 @@ def _row_stats_backward(*args: Any) -> list[Tensor]:
     *pairs, backend, row_weights, col_weights, needs = args
     call = Call(*pairs)
     engine = engines.choose(call, backend)
-    with torch.autocast(call.x.device.type, enabled=False):
+    with engines.without_autocast(call):
         order = _LabelOrder(call, engine)
         dx, dy, drow_bias, dcol_bias = engine.row_stats_bwd(order.call, order.rows(row_weights), order.cols(col_weights), needs)
         grads = (

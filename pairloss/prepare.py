@@ -62,14 +62,14 @@ def real_view(features: Tensor) -> Tensor:
 
 def _product_dtype(features: Tensor) -> torch.dtype:
     device = features.device.type
-    if features.dtype == torch.float32 and torch.is_autocast_enabled(device):
+    if features.dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return features.dtype
 
 
 def _inverse_sqrt(tau: float | Tensor) -> float | Tensor:
     if isinstance(tau, Tensor):
-        return torch.where(tau > 0, tau, torch.nan).rsqrt()
+        return (tau * torch.where(tau > 0, 1, torch.nan)).rsqrt()
     return tau**-0.5
 
 
@@ -92,7 +92,7 @@ def _unit(x: Tensor) -> Tensor:
 
 def _poisoned(x: Tensor) -> Tensor:
     finite = torch.isfinite(x).all(1, keepdim=True)
-    return torch.where(finite, x, torch.nan)
+    return x * torch.where(finite, 1, torch.nan)  # a factor, so that the row's gradient is NaN too
 
 
 def _with_half_square(x: Tensor, bias: Tensor | None, product_dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -6,13 +6,13 @@ Used by the tests, the benchmarks and the docs, and by backend="reference"; neve
 import torch
 from torch import Tensor
 
-from .engines import Call
+from .engines import Call, without_autocast
 
 
 def row_stats(call: Call) -> tuple[Tensor, Tensor]:
     """pairloss.ops.row_stats with the N x M matrix."""
     x, y = (_rounded(rows, call.product_dtype) for rows in (call.x, call.candidates))
-    with torch.autocast(x.device.type, enabled=False):  # product_dtype says it all
+    with without_autocast(call):
         z = x @ y.T
     col_bias = call.row_bias if call.symmetric else call.col_bias
     if call.row_bias is not None:

@@ -58,9 +58,11 @@ def test_opcheck_forward(name, args):
 
 @pytest.mark.parametrize(("name", "args"), list(op_calls()), ids=lambda v: v if isinstance(v, str) else "")
 def test_opcheck_backward(name, args):
-    rows, cols, row_sums, col_sums = torch.ops.pairloss.row_stats(*args)
+    *_, row_sums, col_sums = torch.ops.pairloss.row_stats(*args)
     needs = [isinstance(args[i], torch.Tensor) for i in (0, 1, 5, 6)]
-    torch.library.opcheck(torch.ops.pairloss.row_stats_backward.default, (*args, torch.ones_like(row_sums), torch.ones_like(col_sums), needs))
+    torch.library.opcheck(
+        torch.ops.pairloss.row_stats_backward.default, (*args, torch.ones_like(row_sums), torch.ones_like(col_sums), needs)
+    )
 
 
 @pytest.mark.parametrize(("loss", "option"), CASES)
@@ -144,7 +146,7 @@ def test_second_derivatives_are_refused_clearly():
     x = sample.differentiable["features"].requires_grad_()
     loss = LOSSES["snnl"].function(x, sample.others["labels"], 0.5)
     (grad,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivatives are not implemented .* backend='reference' has them"):
+    with pytest.raises(NotImplementedError, match=r"second derivatives are not implemented .* backend='reference' has them"):
         grad.sum().backward()
 
 
