@@ -17,8 +17,8 @@ demo: $(READY)
 
 # Triton reads TRITON_INTERPRET when it decorates a kernel, so its tests are a process of their own.
 test: $(READY)
-	$(BIN)/python -m pytest tests
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests -m engines
+	$(BIN)/python -m pytest -n auto tests
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests -m engines
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -84,6 +84,15 @@ def test_check_lists_an_engine_that_cannot_run(run, monkeypatch):
     assert run("check", "--device", "cpu", "--backend", "torch").exit_code == 1
 
 
+@pytest.mark.usefixtures("few_cases")
+def test_check_names_a_dtype_that_an_engine_lacks(run, monkeypatch):
+    monkeypatch.setattr(tiled, "why_not", lambda call: "too wide" if call.x.dtype == torch.float64 else None)
+    result = run("check", "--device", "cpu", "--backend", "torch")
+    assert result.exit_code == 0
+    assert "torch on cpu: no float64: too wide" in result.output
+    assert result.output.count(" ok ") == 3
+
+
 def finite(value):
     if isinstance(value, dict):
         return all(map(finite, value.values()))

@@ -12,9 +12,9 @@ pytestmark = pytest.mark.engines
 
 # (1, 1): no pairs. (2, 3): one pair. (33, 16): ragged at tiles of 4 and 16, every kind of tile. (40, 70): whole tiles of 4,
 # rows longer than a tile; label order is on with tiles of 4. (70, 5): label order with tiles of 16.
-SHAPES = [(1, 1), (2, 3), (33, 16), (40, 70), (70, 5)]
-# The interpreter takes about a second for what a kernel does in microseconds.
-INTERPRETED_SHAPES = [(1, 1), (33, 16), (70, 5)]
+SHAPES = [(*shape, tile) for shape in [(1, 1), (2, 3), (33, 16), (40, 70), (70, 5)] for tile in TILES]
+if INTERPRETED:  # takes milliseconds for each step of each tile: as few tiles as still are of every kind
+    SHAPES = [(1, 1, None), (18, 5, 4), (67, 16, 16), (70, 20, None)]
 
 CASES = [(loss, option) for loss, spec in LOSSES.items() for option in spec.options]
 
@@ -52,8 +52,7 @@ def in_layout(tensor: torch.Tensor, layout: str | None) -> torch.Tensor:
     raise AssertionError(layout)
 
 
-@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"tile-{tile or 'shipped'}")
-@pytest.mark.parametrize(("n", "d"), INTERPRETED_SHAPES if INTERPRETED else SHAPES, ids=lambda v: str(v))
+@pytest.mark.parametrize(("n", "d", "tile"), SHAPES, ids=lambda v: str(v or "shipped"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("engine", TILED, ids=lambda engine: "-".join(engine))
 @pytest.mark.parametrize(("loss", "option"), CASES)
