@@ -1,1 +1,73 @@
-"""The engine "triton"."""
+"""The engine "triton": fused kernels for NVIDIA GPUs, compute capability 8.0 and later.
+
+Imports without Triton; why_not says what is missing. With TRITON_INTERPRET=1 the same kernels run on CPU tensors.
+"""
+
+import os
+import re
+
+import torch
+from torch import Tensor
+
+from ..engines import Call
+
+OLDEST_TRITON = (3, 6)
+OLDEST_CAPABILITY = (8, 0)  # bfloat16 and tf32 matrix units, asynchronous copies
+# Sorting by label costs a few launches; below this the whole loss costs no more.
+LABEL_ORDER_ROWS = 2048
+LABEL_ORDER_TILES = 4  # in place of the above while pairloss.testing.tile_size is active
+
+
+def why_not(call: Call) -> str | None:
+    return _wrong_device(call.x.device) or _wrong_call(call) or _missing_triton()
+
+
+def label_order_pays(call: Call) -> bool:
+    from .tiles import override
+
+    tile = override()
+    return min(call.x.shape[0], call.candidates.shape[0]) >= (LABEL_ORDER_ROWS if tile is None else LABEL_ORDER_TILES * tile)
+
+
+def row_stats_fwd(call: Call) -> tuple[Tensor, Tensor]:
+    from . import row_stats
+
+    return row_stats.row_stats_fwd(call)
+
+
+def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    from . import row_stats
+
+    return row_stats.row_stats_bwd(call, row_weights, col_weights, needs)
+
+
+def _missing_triton() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return "Triton is not installed"
+    version = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))
+    return f"Triton {triton.__version__} is older than {'.'.join(map(str, OLDEST_TRITON))}" if version < OLDEST_TRITON else None
+
+
+def _wrong_device(device: torch.device) -> str | None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type == "cpu":
+        return "the tensors are on the CPU, where Triton runs only with TRITON_INTERPRET=1"
+    if device.type != "cuda" or torch.version.hip:
+        return f"the tensors are on {'an AMD GPU' if torch.version.hip else device.type}, not on an NVIDIA GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, below {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}"
+    return None
+
+
+def _wrong_call(call: Call) -> str | None:
+    if torch.float64 in (call.x.dtype, call.product_dtype):
+        return "float64 is served by torch"
+    if call.score != "linear":
+        return f"score {call.score!r} is not served"
+    if call.ids_x is not None and call.ids_x.ndim > 1:
+        return "multi-hot ids are not served"
+    return None

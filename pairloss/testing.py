@@ -60,7 +60,7 @@ class Sample:
     def to(self, dtype: torch.dtype) -> "Sample":
         return Sample({name: v.to(dtype) for name, v in self.differentiable.items()}, self.others)
 
-    def on(self, device: str) -> "Sample":
+    def on(self, device: str | torch.device) -> "Sample":
         others = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in self.others.items()}
         return Sample({name: v.to(device) for name, v in self.differentiable.items()}, others)
 

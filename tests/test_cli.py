@@ -1,5 +1,6 @@
 """The command line as a user meets it: tables, files, and one line for whatever is wrong."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -8,17 +9,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("typer")
-
-import importlib
-
 from typer.testing import CliRunner
 
-from pairloss import engines, tiled
+from pairloss import engines, testing, tiled
 from pairloss.cli import app
-
-check = importlib.import_module("pairloss.cli.check")
 
 
 @pytest.fixture
@@ -50,7 +44,7 @@ def test_info_marks_the_engine_that_is_chosen(run, monkeypatch):
 
 @pytest.fixture
 def few_cases(monkeypatch):
-    monkeypatch.setattr(check, "SIZES", check.SIZES[1:2])
+    monkeypatch.setitem(testing.LOSSES, "snnl", dataclasses.replace(testing.LOSSES["snnl"], options=("cosine", "number-tau")))
 
 
 def test_check_passes(run):
@@ -63,7 +57,7 @@ def test_check_passes(run):
 @pytest.mark.usefixtures("few_cases")
 def test_check_verbose_shows_every_case(run):
     result = run("check", "--device", "cpu", "--backend", "torch", "--verbose")
-    assert result.output.count(" ok ") == 4 * 3 * 3  # dtypes, metrics, tensors
+    assert result.output.count(" ok ") == 4 * (3 + 2)  # dtypes; loss, features and, where it is a tensor, tau
     assert max(map(len, result.output.splitlines())) <= 100
 
 

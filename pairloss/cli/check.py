@@ -1,53 +1,34 @@
-"""pairloss check: every engine that runs here against the float64 truth."""
+"""pairloss check: every engine that runs here against the float64 truth, over the table of losses."""
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import typer
 from rich.table import Table
-from torch import Tensor
 
-from .. import engines, snnl, testing
-from ..prepare import METRICS
+from .. import engines, testing
 from . import errors
 from .info import devices
 from .measure import small_call
 
-# What any order of the sums may cost, relative to the greatest entry of the truth.
-FLOORS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-# With tiles of 16: less than a tile, ragged tiles off the diagonal, whole ones in label order.
-TILE = 16
-SIZES = ((7, 5, 3), (50, 24, 4), (96, 33, 2))  # rows, columns, classes
-TAU = 0.7
-TENSORS = ("loss", "d features", "d tau")
+# Off-diagonal, ragged and mixed tiles, and rows in label order, at a size that takes no time.
+TILE, ROWS, COLUMNS = 16, 67, 10
 
 
-@dataclass(frozen=True)
-class Case:
+class Finding(NamedTuple):
+    """Of one tensor of one case."""
+
     dtype: torch.dtype
-    metric: str
-    size: tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Error:
-    """Of one tensor of one case, relative to max |truth|."""
-
-    case: Case
+    case: str
     tensor: str
-    found: float
-    allowed: float
+    error: float
+    bound: float
 
     @property
     def ok(self) -> bool:
-        return self.found <= self.allowed  # false for NaN
-
-    @property
-    def badness(self) -> float:
-        return self.found / self.allowed if self.found == self.found else float("inf")
+        return self.error <= self.bound
 
 
 def check(
@@ -57,7 +38,7 @@ def check(
 ) -> None:
     """Do the engines compute the right values here?
 
-    Compares loss and gradients of every engine that runs here with plain PyTorch in float64.
+    Compares loss and gradients of every engine that runs here with plain PyTorch in float64, for every loss and option.
     """
     failed = False
     with errors.reported():
@@ -65,14 +46,14 @@ def check(
         where = devices() if device is None else [errors.device(device)]
         console = errors.console()
         for on, name in itertools.product(where, engines.ENGINES if backend is None else [backend]):
-            reasons = {dtype: engines.load(name).why_not(small_call(on, dtype)) for dtype in FLOORS}
+            reasons = {dtype: engines.load(name).why_not(small_call(on, dtype)) for dtype in testing.FLOORS}
             if None not in reasons.values():
                 console.print(f"{name} on {on}: does not run here: {reasons[torch.float32]}", highlight=False)
                 failed |= backend is not None
                 continue
-            found = list(compare(name, on, [dtype for dtype, reason in reasons.items() if reason is None]))
-            failed |= not all(error.ok for error in found)
-            console.print(table(name, on, found, verbose))
+            found = [finding for dtype, reason in reasons.items() if reason is None for finding in compare(name, on, dtype)]
+            failed |= not all(finding.ok for finding in found)
+            console.print(table(f"{name} on {on}", found, verbose))
             for dtype, reason in reasons.items():
                 if reason is not None:
                     console.print(f"{name} on {on}: no {dtype_name(dtype)}: {reason}", highlight=False)
@@ -85,56 +66,36 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def compare(backend: str, device: torch.device, dtypes: list[torch.dtype]) -> Iterator[Error]:
-    """Ours against what plain PyTorch loses in the same dtype."""
-    for dtype in dtypes:
-        for case in itertools.starmap(Case, itertools.product([dtype], METRICS, SIZES)):
-            features, labels = inputs(case, device)
+def compare(backend: str, device: torch.device, dtype: torch.dtype) -> Iterator[Finding]:
+    for loss, spec in testing.LOSSES.items():
+        for option in spec.options:
+            sample = spec.sample(ROWS, COLUMNS, 0, option).to(dtype).on(device)
+            truth = sample.to(torch.float64).run(spec.function, backend=engines.REFERENCE)
+            eager = sample.run(spec.function, backend=engines.REFERENCE)
             with testing.tile_size(TILE):
-                ours = evaluate(features, labels, case, backend)
-            eager = evaluate(features, labels, case, engines.REFERENCE)
-            truth = evaluate(features.double(), labels, case, engines.REFERENCE)
-            for name, a, b, t in zip(TENSORS, ours, eager, truth, strict=True):
-                scale = t.abs().max()
-                found, lost = ((v.double() - t).abs().max() / scale for v in (a, b))
-                yield Error(case, name, found.item(), lost.item() + FLOORS[dtype])
+                ours = sample.run(spec.function, backend=backend)
+            case = f"{loss}, {option}"
+            yield Finding(dtype, case, "loss", *testing.error_and_bound(ours[0], truth[0], eager[0], dtype))
+            terms = sample.terms(truth[1])
+            for name, grad in ours[1].items():
+                numbers = testing.error_and_bound(grad, truth[1][name], eager[1][name], dtype, terms[name])
+                yield Finding(dtype, case, f"d {name}", *numbers)
 
 
-def inputs(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
-    rows, columns, classes = case.size
-    generator = torch.Generator().manual_seed(rows)
-    labels = torch.randint(classes, (rows,), generator=generator)
-    # Around a centre per class: of pure noise the gradient of tau is a small rest of large terms.
-    centres = torch.randn(classes, columns, generator=generator)
-    features = (centres[labels] + torch.randn(rows, columns, generator=generator)) / columns**0.5
-    return features.to(device, case.dtype), labels.to(device)
-
-
-def evaluate(features: Tensor, labels: Tensor, case: Case, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    features = features.clone().requires_grad_()
-    # The same number in every dtype: halves are compared with statistics in float32.
-    wide = torch.float64 if features.dtype == torch.float64 else torch.float32
-    tau = torch.tensor(TAU, dtype=torch.float32, device=features.device).to(wide).requires_grad_()
-    loss = snnl(features, labels, tau, metric=case.metric, backend=backend)
-    to_features, to_tau = torch.autograd.grad(loss, (features, tau))
-    return loss.detach(), to_features, to_tau
-
-
-def table(backend: str, device: torch.device, found: list[Error], verbose: bool) -> Table:
-    result = Table(title=f"{backend} on {device}: error relative to max |truth|", title_justify="left")
+def table(title: str, found: list[Finding], verbose: bool) -> Table:
+    result = Table(title=f"{title}: greatest errors against float64", title_justify="left")
     for name, justify in (("dtype", "left"), ("case", "left"), ("tensor", "left"), ("error", "right"), ("allowed", "right"), ("", "left")):
         result.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for dtype in FLOORS:
-        mine = [error for error in found if error.case.dtype == dtype]
-        for error in mine if verbose else [max(mine, key=lambda e: e.badness)] if mine else []:
-            rows, columns, classes = error.case.size
+    for _, group in itertools.groupby(found, key=lambda finding: finding.dtype):
+        findings = list(group)
+        for finding in findings if verbose else [max(findings, key=lambda f: f.error / f.bound)]:
             result.add_row(
-                dtype_name(dtype),
-                f"{error.case.metric}, {rows} x {columns}, {classes} classes",
-                error.tensor,
-                f"{error.found:.1e}",
-                f"{error.allowed:.1e}",
-                "ok" if error.ok else "FAILED",
-                style=None if error.ok else "bold red",
+                dtype_name(finding.dtype),
+                finding.case,
+                finding.tensor,
+                f"{finding.error:.1e}",
+                f"{finding.bound:.1e}",
+                "ok" if finding.ok else "FAILED",
+                style=None if finding.ok else "bold red",
             )
     return result

@@ -1,0 +1,108 @@
+"""What the kernels compute with, as small Triton functions."""
+
+import os
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# Stands for the maximum of an empty set: finite, so that no inf - inf arises.
+LOWEST = tl.constexpr(-1e38)
+# Triton reads the variable when it decorates, so this is what the functions below became.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+# A GPU adds products up in one fixed order, so forward and backward see the same z_ij, and z_ji. NumPy's float32 products
+# depend on the shape of the tile, and the interpreter's bfloat16 ones are garbage (seen in 3.9): there, float64.
+ACCUMULATOR = tl.constexpr(tl.float64 if INTERPRETED.value else tl.float32)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """a @ b + acc; acc is of type ACCUMULATOR."""
+    if INTERPRETED:
+        return acc + tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def load_rows(p, o, o_d, D, EVEN_D: tl.constexpr):
+    p = p + o.to(tl.int64)[:, None] * D + o_d[None, :]
+    if EVEN_D:
+        return tl.load(p)
+    else:
+        return tl.load(p, mask=o_d[None, :] < D, other=0.0)
+
+
+@triton.jit
+def blocked_product(p_x, p_y, o_x, o_y, D, EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+    """<x_i, y_j>, BLOCK_D columns at a time."""
+    acc = tl.zeros([o_x.shape[0], o_y.shape[0]], ACCUMULATOR)
+    for d in tl.range(0, D, BLOCK_D):
+        o_d = d + tl.arange(0, BLOCK_D)
+        b_x = load_rows(p_x, o_x, o_d, D, EVEN_D)
+        b_y = load_rows(p_y, o_y, o_d, D, EVEN_D)
+        acc = dot(b_x, b_y.T, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def score(s):
+    """The score of a product, here the product. Another one also multiplies the weights by its derivative, see tile_weights."""
+    return s
+
+
+@triton.jit
+def outer_sum(a, b, HAS_A: tl.constexpr, HAS_B: tl.constexpr):
+    """a_i + b_j, without the side that is absent."""
+    if HAS_A and HAS_B:
+        return a[:, None] + b[None, :]
+    elif HAS_A:
+        return a[:, None]
+    else:
+        return b[None, :]
+
+
+@triton.jit
+def log_sum(v, AXIS: tl.constexpr, BOUNDED: tl.constexpr):
+    """(m, s): the sum of 2^v along the axis is s 2^m, m an integer. Bounded: v holds the exponentials already, and m is 0."""
+    if BOUNDED:
+        s = tl.sum(v, AXIS)
+        return tl.zeros_like(s), s
+    else:
+        m = tl.maximum(tl.ceil(tl.max(v, AXIS)), LOWEST)
+        return m, tl.sum(tl.exp2(v - tl.expand_dims(m, AXIS)), AXIS)
+
+
+@triton.jit
+def add_log_sums(m, s, m_more, s_more, BOUNDED: tl.constexpr):
+    """The sum of two sums held as (m, s)."""
+    if BOUNDED:
+        return m, s + s_more
+    else:
+        top = tl.maximum(m, m_more)
+        return top, s * tl.exp2(m - top) + s_more * tl.exp2(m_more - top)
+
+
+@triton.jit
+def add_to_memory(p_m, p_s, m_entries, m, s, BOUNDED: tl.constexpr):
+    """Adds (m, s) to the sums that stand in memory, which no other program touches."""
+    if BOUNDED:
+        tl.store(p_s, tl.load(p_s, m_entries) + s, m_entries)
+    else:
+        old_m = tl.load(p_m, m_entries, other=LOWEST)
+        old_s = tl.load(p_s, m_entries, other=0.0)
+        m, s = add_log_sums(old_m, old_s, m, s, BOUNDED)
+        tl.store(p_m, m, m_entries)
+        tl.store(p_s, s, m_entries)
+
+
+@triton.jit
+def shifted(g, e, shift):
+    """g 2^(shift - e); 0 stays 0 however far its e lies."""
+    return tl.where(g == 0, 0.0, g * tl.exp2(shift - e))
+
+
+@triton.jit
+def capped_exp2(v):
+    """2^v, finite even where v belongs to a weight of 0, which alone may meet a large v."""
+    return tl.exp2(tl.minimum(v, 126.0))

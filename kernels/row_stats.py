@@ -1,0 +1,568 @@
+r"""pairloss.ops.row_stats on a GPU: products, biases, label masks, log-sums and their gradients in one pass each.
+
+With L = log2(e), all inside is in units of L (exp2 is the GPU's exponential):
+
+    z_ij = L (score(<x_i, y_j>) + row_bias_i + col_bias_j)                     x [N, D], y [M, D], statistics [K, N]
+    sum_ki = sum over j in set k of 2^z_ij                                     set 0: the positives, 1: the negatives
+    A_ij = g_ki 2^(z_ij - e_ki) + h_kj 2^(z_ij - f_kj)                         set k is the one that the pair is in
+    dx_i = sum_j A_ij y_j,  drow_bias_i = sum_j A_ij                           dy: the same with the sides swapped
+
+with weights (g, e) of the rows and (h, f) of the columns. x against itself: they are the same, A is both roles of a pair.
+The N x M matrix is never materialised: the forward pass keeps sums, at most GROUPS per row; the backward pass keeps a row
+tile's gradient in registers, or for large D a slab of A of at most SLAB_BYTES. No atomics: the same input gives the same
+bits. No host synchronisation.
+"""
+
+import contextlib
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..engines import Call
+from . import tiles
+from ._math import (
+    ACCUMULATOR,
+    LOG2E,
+    LOWEST,
+    add_log_sums,
+    add_to_memory,
+    blocked_product,
+    capped_exp2,
+    dot,
+    load_rows,
+    log_sum,
+    outer_sum,
+    score,
+    shifted,
+)
+from .tiles import Tile
+
+# Partial sums per row: O(N) memory, and 48 * 49 / 2 programs keep 108, 132 or 148 multiprocessors busy in whole waves.
+GROUPS = 48
+# |z| in units of log2(e) up to which 2^z needs no shift: 2^46 of them still sum in float32, and 2^-46 keeps all its digits.
+NO_SHIFT = 46.0
+# Exponents this close together share one shift c in the middle: 2^(c - e) stays within 2^40 of 1, so nothing overflows, and
+# what underflows is below 2^-80 of its row's sum.
+WIDTH = tl.constexpr(80.0)
+# Weights of large D at a time: about an L2 cache.
+SLAB_BYTES = 64 << 20
+# Columns are padded to a multiple of this, so that every load is a whole 32 bytes.
+ALIGN = 16
+
+
+@triton.jit
+def load_side(p_ids, p_bias, p_weights, o, N, SETS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ROLE: tl.constexpr):
+    """(ids, bias, g_0, g_1, e_0, e_1) of the rows o; what the call doesn't have is a placeholder."""
+    ids = o
+    bias = o.to(tl.float32)
+    g_0 = bias
+    g_1 = bias
+    e_0 = bias
+    e_1 = bias
+    if SETS == 2:
+        ids = tl.load(p_ids + o)
+    if HAS_BIAS:
+        bias = tl.load(p_bias + o)
+    if HAS_ROLE:
+        g_0 = tl.load(p_weights + o)
+        g_1 = tl.load(p_weights + (SETS - 1) * N + o)
+        e_0 = tl.load(p_weights + SETS * N + o)
+        e_1 = tl.load(p_weights + (2 * SETS - 1) * N + o)
+    return ids, bias, g_0, g_1, e_0, e_1
+
+
+@triton.jit
+def tile_set(p_range_x, p_range_y, i, j, T_X, T_Y, SETS: tl.constexpr):
+    """The one set that all pairs of the tile are in, or 2 if they are mixed; from the (least, greatest) ids of its sides."""
+    if SETS == 1:
+        return 0
+    else:
+        low_x = tl.load(p_range_x + i)
+        high_x = tl.load(p_range_x + T_X + i)
+        low_y = tl.load(p_range_y + j)
+        high_y = tl.load(p_range_y + T_Y + j)
+        apart = (high_x < low_y) | (high_y < low_x)
+        one = (low_x == high_x) & (low_y == high_y) & (low_x == low_y)
+        return tl.where(apart, 1, tl.where(one, 0, 2))
+
+
+@triton.jit
+def tile_logits(
+    s, x, y, i, j, N, M, self_offset, HAS_SELF: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """z of tile (i, j); -inf at the pairs left out and beyond the edges."""
+    z = score(s.to(tl.float32)) * LOG2E
+    if HAS_BIAS:
+        z += x[1][:, None] + y[1][None, :]  # the biases first: z_ij and z_ji round alike
+    i0 = i * BLOCK_M
+    j0 = j * BLOCK_N
+    masked = (i0 + BLOCK_M > N) | (j0 + BLOCK_N > M)
+    if HAS_SELF:
+        first = i0 + self_offset - j0
+        masked = masked | ((first > -BLOCK_M) & (first < BLOCK_N))
+    if masked:
+        o_x = i0 + tl.arange(0, BLOCK_M)
+        o_y = j0 + tl.arange(0, BLOCK_N)
+        m_pairs = (o_x < N)[:, None] & (o_y < M)[None, :]
+        if HAS_SELF:
+            m_pairs = m_pairs & ((o_x + self_offset)[:, None] != o_y[None, :])
+        z = tl.where(m_pairs, z, float("-inf"))
+    return z
+
+
+@triton.jit
+def add_tile(v, m, s, p_m, p_s, m_cols, COLS: tl.constexpr, BOUNDED: tl.constexpr):
+    """Adds a tile's row sums to (m, s), which it returns, and its column sums to those in memory."""
+    m_tile, s_tile = log_sum(v, 1, BOUNDED)
+    m, s = add_log_sums(m, s, m_tile, s_tile, BOUNDED)
+    if COLS:
+        m_tile, s_tile = log_sum(v, 0, BOUNDED)
+        add_to_memory(p_m, p_s, m_cols, m_tile, s_tile, BOUNDED)
+    return m, s
+
+
+@triton.jit(do_not_specialize=["self_offset", "span_x", "span_y"])
+def row_stats_fwd_kernel(
+    p_x, p_y, p_ids_x, p_ids_y, p_range_x, p_range_y, p_bias_x, p_bias_y,
+    p_rows_m, p_rows_s, p_cols_m, p_cols_s,
+    N, M, D, T_X, T_Y, span_x, span_y, self_offset,
+    SETS: tl.constexpr, HAS_SELF: tl.constexpr, HAS_BIAS: tl.constexpr, SYMMETRIC: tl.constexpr, COLS: tl.constexpr,
+    BOUNDED: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr, WHOLE_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (b, a): tile rows a * span_x ... against tile columns b * span_y ... .
+
+    Row sums stay in registers until their columns are done. Column sums are added to group a's entry, row sums to group b's:
+    no other program touches those. x against itself: tiles on and above the diagonal, whose column sums are the row sums of
+    their transposes.
+    """
+    group_y = tl.program_id(0)
+    group_x = tl.program_id(1)
+    o_d = tl.arange(0, BLOCK_D)
+    i_begin = group_x * span_x
+    i_end = tl.minimum(i_begin + span_x, T_X)
+    j_end = tl.minimum((group_y + 1) * span_y, T_Y)
+    if SYMMETRIC:
+        i_end = tl.where(group_y < group_x, i_begin, i_end)
+    p_rows_m += group_y.to(tl.int64) * SETS * N
+    p_rows_s += group_y.to(tl.int64) * SETS * N
+    p_cols_m += group_x.to(tl.int64) * SETS * M
+    p_cols_s += group_x.to(tl.int64) * SETS * M
+
+    for i in range(i_begin, i_end):
+        o_i = i * BLOCK_M + tl.arange(0, BLOCK_M)
+        o_x = tl.minimum(o_i, N - 1)  # the last row again instead of rows that don't exist: their logits are masked
+        x = load_side(p_ids_x, p_bias_x, p_bias_x, o_x, N, SETS, HAS_BIAS, False)
+        if WHOLE_D:
+            b_x = load_rows(p_x, o_x, o_d, D, EVEN_D)
+        m_0 = tl.full([BLOCK_M], LOWEST, tl.float32)
+        m_1 = tl.full([BLOCK_M], LOWEST, tl.float32)
+        s_0 = tl.zeros([BLOCK_M], tl.float32)
+        s_1 = tl.zeros([BLOCK_M], tl.float32)
+        j_begin = group_y * span_y
+        if SYMMETRIC:
+            j_begin = tl.maximum(j_begin, i * (BLOCK_M // BLOCK_N))
+
+        for j in tl.range(j_begin, j_end):
+            o_j = j * BLOCK_N + tl.arange(0, BLOCK_N)
+            o_y = tl.minimum(o_j, M - 1)
+            if WHOLE_D:
+                b_y = load_rows(p_y, o_y, o_d, D, EVEN_D)
+                s = dot(b_x, b_y.T, tl.zeros([BLOCK_M, BLOCK_N], ACCUMULATOR), PRECISION)
+            else:
+                s = blocked_product(p_x, p_y, o_x, o_y, D, EVEN_D, BLOCK_D, PRECISION)
+            y = load_side(p_ids_y, p_bias_y, p_bias_y, o_y, M, SETS, HAS_BIAS, False)
+            v = tile_logits(s, x, y, i, j, N, M, self_offset, HAS_SELF, HAS_BIAS, BLOCK_M, BLOCK_N)
+            if BOUNDED:
+                v = tl.exp2(v)
+
+            m_cols = o_j < M
+            if SYMMETRIC:
+                m_cols = m_cols & (j * BLOCK_N >= (i + 1) * BLOCK_M)  # the diagonal's row sums see both (i, j) and (j, i)
+            only = tile_set(p_range_x, p_range_y, i, j, T_X, T_Y, SETS)
+            if only < 2:
+                o = only * M + o_j
+                m, t = tl.where(only == 0, m_0, m_1), tl.where(only == 0, s_0, s_1)
+                m, t = add_tile(v, m, t, p_cols_m + o, p_cols_s + o, m_cols, COLS, BOUNDED)
+                m_0, s_0 = tl.where(only == 0, m, m_0), tl.where(only == 0, t, s_0)
+                m_1, s_1 = tl.where(only == 0, m_1, m), tl.where(only == 0, s_1, t)
+            else:
+                outside = 0.0 if BOUNDED else float("-inf")
+                same = x[0][:, None] == y[0][None, :]
+                m_0, s_0 = add_tile(tl.where(same, v, outside), m_0, s_0, p_cols_m + o_j, p_cols_s + o_j, m_cols, COLS, BOUNDED)
+                o = M + o_j
+                m_1, s_1 = add_tile(tl.where(same, outside, v), m_1, s_1, p_cols_m + o, p_cols_s + o, m_cols, COLS, BOUNDED)
+
+        add_to_memory(p_rows_m + o_i, p_rows_s + o_i, o_i < N, m_0, s_0, BOUNDED)
+        if SETS == 2:
+            add_to_memory(p_rows_m + N + o_i, p_rows_s + N + o_i, o_i < N, m_1, s_1, BOUNDED)
+        tl.debug_barrier()  # what some threads added, others add to in the next row of tiles
+
+
+@triton.jit
+def exponent_range(p_range, t, T, only, low, high, SETS: tl.constexpr):
+    """(low, high) widened to the exponents of row tile t in set `only`, or in both sets if that is 2."""
+    first = tl.where(only == 2, 0, only)
+    last = tl.where(only == 2, 1, only)
+    low = tl.minimum(low, tl.minimum(tl.load(p_range + first * T + t), tl.load(p_range + last * T + t)))
+    p_range += SETS * T
+    high = tl.maximum(high, tl.maximum(tl.load(p_range + first * T + t), tl.load(p_range + last * T + t)))
+    return low, high
+
+
+@triton.jit
+def tile_weights(
+    z, x, y, i, j, p_range_x, p_range_y, p_exponents_x, p_exponents_y, T_X, T_Y,
+    SETS: tl.constexpr, ROLE_X: tl.constexpr, ROLE_Y: tl.constexpr,
+):  # fmt: skip
+    """A of tile (i, j), from its logits. The score is linear: A is also the weight of the second product."""
+    only = tile_set(p_range_x, p_range_y, i, j, T_X, T_Y, SETS)
+    low = float("inf")
+    high = float("-inf")
+    if ROLE_X:
+        low, high = exponent_range(p_exponents_x, i, T_X, only, low, high, SETS)
+    if ROLE_Y:
+        low, high = exponent_range(p_exponents_y, j, T_Y, only, low, high, SETS)
+    shift = tl.where(low <= high, tl.floor((low + high) / 2), 0.0)  # nothing but zero weights: inf, -inf
+    _, _, g_x0, g_x1, e_x0, e_x1 = x
+    _, _, g_y0, g_y1, e_y0, e_y1 = y
+
+    if high - low <= WIDTH:  # one exponential serves both roles
+        exp_z = capped_exp2(z - shift)
+        if only < 2:
+            u_x = shifted(tl.where(only == 0, g_x0, g_x1), tl.where(only == 0, e_x0, e_x1), shift)
+            u_y = shifted(tl.where(only == 0, g_y0, g_y1), tl.where(only == 0, e_y0, e_y1), shift)
+            w = outer_sum(u_x, u_y, ROLE_X, ROLE_Y) * exp_z
+        else:
+            u_0 = outer_sum(shifted(g_x0, e_x0, shift), shifted(g_y0, e_y0, shift), ROLE_X, ROLE_Y)
+            u_1 = outer_sum(shifted(g_x1, e_x1, shift), shifted(g_y1, e_y1, shift), ROLE_X, ROLE_Y)
+            w = tl.where(x[0][:, None] == y[0][None, :], u_0, u_1) * exp_z
+    else:
+        same = x[0][:, None] == y[0][None, :]
+        if SETS == 1:
+            same = same | True
+        w = tl.zeros_like(z)
+        if ROLE_X:
+            e = tl.where(same, e_x0[:, None], e_x1[:, None])
+            w += tl.where(same, g_x0[:, None], g_x1[:, None]) * capped_exp2(z - e)
+        if ROLE_Y:
+            e = tl.where(same, e_y0[None, :], e_y1[None, :])
+            w += tl.where(same, g_y0[None, :], g_y1[None, :]) * capped_exp2(z - e)
+    return w
+
+
+@triton.jit(do_not_specialize=["self_offset"])
+def row_stats_bwd_kernel(
+    p_x, p_y, p_ids_x, p_ids_y, p_range_x, p_range_y, p_bias_x, p_bias_y, p_weights_x, p_weights_y, p_exponents_x, p_exponents_y,
+    p_unscale, p_dx, p_dbias,
+    N, M, D, T_X, T_Y, self_offset,
+    SETS: tl.constexpr, HAS_SELF: tl.constexpr, HAS_BIAS: tl.constexpr, ROLE_X: tl.constexpr, ROLE_Y: tl.constexpr,
+    BIAS_GRAD: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program i owns row tile i of dx, in registers, and visits all tile columns."""
+    i = tl.program_id(0)
+    o_d = tl.arange(0, BLOCK_D)
+    o_i = i * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_x = tl.minimum(o_i, N - 1)
+    x = load_side(p_ids_x, p_bias_x, p_weights_x, o_x, N, SETS, HAS_BIAS, ROLE_X)
+    b_x = load_rows(p_x, o_x, o_d, D, EVEN_D)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], ACCUMULATOR)
+    acc_bias = tl.zeros([BLOCK_M], tl.float32)
+
+    for j in tl.range(0, T_Y):
+        o_y = tl.minimum(j * BLOCK_N + tl.arange(0, BLOCK_N), M - 1)
+        b_y = load_rows(p_y, o_y, o_d, D, EVEN_D)
+        s = dot(b_x, b_y.T, tl.zeros([BLOCK_M, BLOCK_N], ACCUMULATOR), PRECISION)
+        y = load_side(p_ids_y, p_bias_y, p_weights_y, o_y, M, SETS, HAS_BIAS, ROLE_Y)
+        z = tile_logits(s, x, y, i, j, N, M, self_offset, HAS_SELF, HAS_BIAS, BLOCK_M, BLOCK_N)
+        w = tile_weights(z, x, y, i, j, p_range_x, p_range_y, p_exponents_x, p_exponents_y, T_X, T_Y, SETS, ROLE_X, ROLE_Y)
+        if BIAS_GRAD:
+            acc_bias += tl.sum(w, 1)
+        acc = dot(w.to(b_y.dtype), b_y, acc, PRECISION)
+
+    unscale = tl.load(p_unscale)
+    m_rows = o_i < N
+    p_dx += o_i.to(tl.int64)[:, None] * D + o_d[None, :]
+    tl.store(p_dx, acc * unscale, m_rows[:, None] & (o_d < D)[None, :])
+    if BIAS_GRAD:
+        tl.store(p_dbias + o_i, acc_bias * unscale, m_rows)
+
+
+@triton.jit(do_not_specialize=["self_offset", "i_first", "span_x"])
+def row_stats_weights_kernel(
+    p_x, p_y, p_ids_x, p_ids_y, p_range_x, p_range_y, p_bias_x, p_bias_y, p_weights_x, p_weights_y, p_exponents_x, p_exponents_y,
+    p_slab, p_dbias,
+    N, M, D, T_X, T_Y, self_offset, i_first, span_x, stride_slab, stride_dbias,
+    SETS: tl.constexpr, HAS_SELF: tl.constexpr, HAS_BIAS: tl.constexpr, ROLE_X: tl.constexpr, ROLE_Y: tl.constexpr,
+    BIAS_GRAD: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Writes tile (i, j) of A into the slab, which begins with tile row i_first, in the product dtype, and its row sums into
+    row j of p_dbias. Programs next to each other share y's tile."""
+    i = i_first + tl.program_id(0) % span_x
+    j = tl.program_id(0) // span_x
+    o_i = i * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_j = j * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_x = tl.minimum(o_i, N - 1)
+    o_y = tl.minimum(o_j, M - 1)
+    s = blocked_product(p_x, p_y, o_x, o_y, D, EVEN_D, BLOCK_D, PRECISION)
+    x = load_side(p_ids_x, p_bias_x, p_weights_x, o_x, N, SETS, HAS_BIAS, ROLE_X)
+    y = load_side(p_ids_y, p_bias_y, p_weights_y, o_y, M, SETS, HAS_BIAS, ROLE_Y)
+    z = tile_logits(s, x, y, i, j, N, M, self_offset, HAS_SELF, HAS_BIAS, BLOCK_M, BLOCK_N)
+    w = tile_weights(z, x, y, i, j, p_range_x, p_range_y, p_exponents_x, p_exponents_y, T_X, T_Y, SETS, ROLE_X, ROLE_Y)
+
+    m_rows = o_i < N
+    o_i -= i_first * BLOCK_M
+    p_slab += o_i.to(tl.int64)[:, None] * stride_slab + o_j[None, :]
+    tl.store(p_slab, w.to(p_slab.dtype.element_ty), m_rows[:, None] & (o_j < M)[None, :])
+    if BIAS_GRAD:
+        tl.store(p_dbias + j.to(tl.int64) * stride_dbias + o_i, tl.sum(w, 1), m_rows)
+
+
+class _Side(NamedTuple):
+    """One side of the comparison, as the kernels take it."""
+
+    rows: Tensor  # [n, D] in the product dtype, D padded
+    ids: Tensor | None  # [n] int32
+    bias: Tensor | None  # [n] in units of log2(e)
+    weights: Tensor | None = None  # [2, K, n]: g, scaled, and e; None: this side has none
+
+
+def row_stats_fwd(call: Call) -> tuple[Tensor, Tensor]:
+    n, m, sets = call.x.shape[0], call.candidates.shape[0], call.num_sets
+    if n == 0 or m == 0:
+        return call.x.new_zeros(2, sets, n), call.x.new_zeros(2, sets, m if call.both_sides else 0)
+    x, y = _sides(call)
+    tile = tiles.choose(tiles.FORWARD, x.rows.shape[1], x.rows.dtype, x.rows.device)
+    assert tile is not None
+    # Groups of whole row tiles on both sides: x against itself has one diagonal.
+    span_x, span_y = (triton.cdiv(triton.cdiv(rows, GROUPS), tile.block_m) for rows in (n, m))
+    groups_x, groups_y = triton.cdiv(n, span_x * tile.block_m), triton.cdiv(m, span_y * tile.block_m)
+    bounded = call.logit_bound * LOG2E.value <= NO_SHIFT
+
+    rows = _Sums(x.rows, groups_y, sets, n, bounded)
+    cols = rows if call.symmetric else _Sums(x.rows, groups_x, sets, m if call.both_sides else 0, bounded)
+    arguments = _arguments(call, x, y, tile, call.self_offset) | {
+        "p_rows_m": rows.m,
+        "p_rows_s": rows.s,
+        "p_cols_m": cols.m,
+        "p_cols_s": cols.s,
+        "span_x": span_x,
+        "span_y": span_y * (tile.block_m // tile.block_n),
+        "SYMMETRIC": call.symmetric,
+        "COLS": call.symmetric or call.both_sides,
+        "BOUNDED": bounded,
+        "WHOLE_D": tile.block_d is None,
+    }
+    _launch(row_stats_fwd_kernel, (groups_y, groups_x), tile, arguments)
+    result = rows.total()
+    return result, result[..., :0] if call.symmetric else cols.total()
+
+
+def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    x, y = _sides(call)
+    scale = _scale(row_weights, col_weights)
+    x = x._replace(weights=_scaled(row_weights, scale))
+    if call.both_sides:
+        y = y._replace(weights=_scaled(col_weights, scale))
+    elif call.symmetric:
+        y = x
+
+    dx, drow_bias = _side_grads(call, x, y, call.self_offset, needs[0], needs[2], 1 / scale)
+    to_y, to_col_bias = (not call.symmetric and need for need in (needs[1], needs[3]))
+    offset = None if call.self_offset is None else -call.self_offset
+    dy, dcol_bias = _side_grads(call, y, x, offset, to_y, to_col_bias, 1 / scale)
+    return [dx, dy, drow_bias, dcol_bias]
+
+
+def _side_grads(
+    call: Call, x: _Side, y: _Side, self_offset: int | None, need_rows: bool, need_bias: bool, unscale: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x's rows and bias: A y and A 1."""
+    (n, d), m = x.rows.shape, y.rows.shape[0]
+    if not (need_rows or need_bias):
+        return None, None
+    float32 = {"dtype": torch.float32, "device": x.rows.device}
+    if n == 0 or m == 0:
+        return torch.zeros(n, call.x.shape[1], **float32) if need_rows else None, torch.zeros(n, **float32) if need_bias else None
+
+    tile = tiles.choose(tiles.BACKWARD, d, x.rows.dtype, x.rows.device)
+    if tile is not None:
+        dx = torch.empty(n, d, **float32)
+        dbias = torch.empty(n if need_bias else 0, **float32)
+        arguments = _arguments(call, x, y, tile, self_offset) | _weight_arguments(x, y, tile, need_bias)
+        arguments |= {"p_unscale": unscale, "p_dx": dx, "p_dbias": dbias}
+        _launch(row_stats_bwd_kernel, (triton.cdiv(n, tile.block_m),), tile, arguments)
+    else:
+        dx, dbias = _side_grads_by_slabs(call, x, y, self_offset, need_bias)
+        dx *= unscale
+        dbias *= unscale
+    return dx[:, : call.x.shape[1]].contiguous() if need_rows else None, dbias if need_bias else None
+
+
+def _side_grads_by_slabs(call: Call, x: _Side, y: _Side, self_offset: int | None, need_bias: bool) -> tuple[Tensor, Tensor]:
+    (n, d), m = x.rows.shape, y.rows.shape[0]
+    tile = tiles.choose(tiles.WEIGHTS, d, x.rows.dtype, x.rows.device)
+    assert tile is not None
+    t_y = triton.cdiv(m, tile.block_n)
+    stride = triton.cdiv(m, ALIGN) * ALIGN
+    slab_tiles = max(1, SLAB_BYTES // (stride * x.rows.itemsize * tile.block_m))
+    slab = x.rows.new_empty(min(slab_tiles * tile.block_m, n), stride)
+    dx = torch.empty(n, d, dtype=torch.float32, device=x.rows.device)
+    dbias = dx.new_empty(n if need_bias else 0)
+    dbias_slab = dx.new_empty(t_y, len(slab) if need_bias else 0)
+    arguments = _arguments(call, x, y, tile, self_offset) | _weight_arguments(x, y, tile, need_bias)
+    arguments |= {"p_slab": slab, "p_dbias": dbias_slab, "stride_slab": stride, "stride_dbias": len(slab)}
+    for begin in range(0, n, len(slab)):
+        part = min(len(slab), n - begin)
+        span = triton.cdiv(part, tile.block_m)
+        _launch(row_stats_weights_kernel, (span * t_y,), tile, arguments | {"i_first": begin // tile.block_m, "span_x": span})
+        dx[begin : begin + part] = _product(slab[:part, :m], y.rows)
+        if need_bias:
+            dbias[begin : begin + part] = dbias_slab[:, :part].sum(0)
+    return dx, dbias
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32."""
+    if a.dtype != torch.float32 and a.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+class _Sums:
+    """Sums of 2^z per group, set and row, held as s 2^m with an integer m."""
+
+    def __init__(self, like: Tensor, groups: int, sets: int, n: int, bounded: bool) -> None:
+        self.bounded = bounded
+        self.s = torch.zeros(groups, sets, n, dtype=torch.float32, device=like.device)
+        self.m = self.s if bounded else torch.full_like(self.s, LOWEST.value)
+
+    def total(self) -> Tensor:
+        """[2, K, n]: mantissa and exponent over all groups."""
+        if self.bounded:
+            mantissa, exponent = torch.frexp(self.s.sum(0))
+            return torch.stack([mantissa, exponent.float()])
+        top = self.m.amax(0)
+        mantissa, exponent = torch.frexp((self.s * torch.exp2(self.m - top)).sum(0))
+        return torch.stack([mantissa, torch.where(mantissa == 0, 0, top + exponent)])
+
+
+def _sides(call: Call) -> tuple[_Side, _Side]:
+    ids_x, ids_y = _ranks(call.ids_x, call.ids_y)
+    x = _Side(_operand(call.x, call), ids_x, _bias(call.row_bias, call.col_bias, call.x))
+    if call.symmetric:
+        return x, x
+    assert call.y is not None
+    return x, _Side(_operand(call.y, call), ids_y, _bias(call.col_bias, call.row_bias, call.y))
+
+
+def _operand(rows: Tensor, call: Call) -> Tensor:
+    rows = rows.to(call.product_dtype)
+    missing = -rows.shape[1] % ALIGN
+    return (pad(rows, (0, missing)) if missing else rows).contiguous()
+
+
+def _bias(bias: Tensor | None, other: Tensor | None, rows: Tensor) -> Tensor | None:
+    """Both sides have a bias or none has."""
+    if bias is not None:
+        return bias * LOG2E.value
+    return None if other is None else torch.zeros(rows.shape[0], dtype=torch.float32, device=rows.device)
+
+
+def _ranks(ids_x: Tensor | None, ids_y: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The ids as int32 that are equal where they are: compared in half the registers of int64."""
+    if ids_x is None:
+        return None, None
+    ids = ids_x if ids_y is None else torch.cat([ids_x, ids_y])
+    ranks = torch.searchsorted(ids.sort().values, ids, out_int32=True)
+    return ranks[: len(ids_x)], ranks[len(ids_x) :]
+
+
+def _scale(row_weights: Tensor, col_weights: Tensor) -> Tensor:
+    """A power of two that takes the largest weight to about 2^13: no pair's overflows float16, and those down to 2^-27 of the
+    largest keep all its digits."""
+    g = torch.cat([row_weights[0].flatten(), col_weights[0].flatten()])
+    top = torch.where(g.isfinite(), g, 0).abs().amax().clamp(min=2.0**-100)
+    return torch.exp2(torch.floor(13 - torch.log2(top)))
+
+
+def _scaled(weights: Tensor, scale: Tensor) -> Tensor:
+    return torch.stack([weights[0] * scale, weights[1]])
+
+
+def _arguments(call: Call, x: _Side, y: _Side, tile: Tile, self_offset: int | None) -> dict[str, Any]:
+    """What all kernels take."""
+    d = x.rows.shape[1]
+    block_d = tiles.padded(d) if tile.block_d is None else tile.block_d
+    return {
+        "p_x": x.rows,
+        "p_y": y.rows,
+        "p_ids_x": x.ids,
+        "p_ids_y": y.ids,
+        "p_range_x": None if x.ids is None else _tile_ranges(x.ids, x.ids, tile.block_m),
+        "p_range_y": None if y.ids is None else _tile_ranges(y.ids, y.ids, tile.block_n),
+        "p_bias_x": x.bias,
+        "p_bias_y": y.bias,
+        "N": x.rows.shape[0],
+        "M": y.rows.shape[0],
+        "D": d,
+        "T_X": triton.cdiv(x.rows.shape[0], tile.block_m),
+        "T_Y": triton.cdiv(y.rows.shape[0], tile.block_n),
+        "self_offset": self_offset or 0,
+        "SETS": call.num_sets,
+        "HAS_SELF": self_offset is not None,
+        "HAS_BIAS": x.bias is not None,
+        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "EVEN_D": d % block_d == 0,
+        "BLOCK_D": block_d,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+    }
+
+
+def _weight_arguments(x: _Side, y: _Side, tile: Tile, bias_grad: bool) -> dict[str, Any]:
+    """What the kernels of the backward pass take besides."""
+    return {
+        "p_weights_x": x.weights,
+        "p_weights_y": y.weights,
+        "p_exponents_x": _exponent_ranges(x, tile.block_m),
+        "p_exponents_y": _exponent_ranges(y, tile.block_n),
+        "ROLE_X": x.weights is not None,
+        "ROLE_Y": y.weights is not None,
+        "BIAS_GRAD": bias_grad,
+    }
+
+
+def _exponent_ranges(side: _Side, block: int) -> Tensor | None:
+    """Of the weights that are not 0; inf, -inf where all are."""
+    if side.weights is None:
+        return None
+    g, e = side.weights
+    return _tile_ranges(torch.where(g == 0, math.inf, e), torch.where(g == 0, -math.inf, e), block)
+
+
+def _tile_ranges(low: Tensor, high: Tensor, block: int) -> Tensor:
+    """[2, ..., T]: least and greatest of every tile of the last dimension."""
+    limits = (-math.inf, math.inf) if low.is_floating_point() else (torch.iinfo(low.dtype).min, torch.iinfo(low.dtype).max)
+    missing = (0, -low.shape[-1] % block)
+    lows = pad(low, missing, value=limits[1]).unflatten(-1, (-1, block)).amin(-1)
+    highs = pad(high, missing, value=limits[0]).unflatten(-1, (-1, block)).amax(-1)
+    return torch.stack([lows, highs])
+
+
+def launch_options(tile: Tile) -> dict[str, Any]:
+    # Triton 3.10 changes the default of enable_fp_fusion.
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: dict[str, Any]) -> None:
+    device = arguments["p_x"].device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](**arguments, **launch_options(tile))

@@ -1,0 +1,99 @@
+"""The tile table: which tile, how many warps and pipeline stages serve rows of D columns. Checked by bench/aot.py."""
+
+from typing import NamedTuple
+
+import torch
+
+from .. import engines
+
+
+class Tile(NamedTuple):
+    block_m: int
+    block_n: int
+    block_d: int | None  # columns per step of a product; None: all of D at once, held in shared memory
+    num_warps: int
+    num_stages: int
+
+
+class Row(NamedTuple):
+    """A tile and what it serves. why: what the numbers of bench/aot.py decided; nothing here has been timed yet."""
+
+    max_d: float
+    bits: int  # widest element
+    newest: float  # architecture, as 10 * major + minor
+    tile: Tile
+    why: str
+
+
+class Limits(NamedTuple):
+    """What a device allows."""
+
+    architecture: int
+    shared_memory: int  # bytes that the operands of one program can have
+
+
+ANY = float("inf")
+# Shared memory besides the operands: sums that cross warps, barriers.
+RESERVED = 8 << 10
+
+# The first row that fits serves. block_m is a multiple of block_n: x against itself visits blocks of block_m rows.
+FORWARD = (
+    Row(128, 16, ANY, Tile(128, 64, None, 8, 2), "128 x 128 spills where a maximum is tracked, 3 stages on sm_80"),
+    Row(256, 16, 90, Tile(128, 64, None, 8, 2), "as above; spills on sm_100"),
+    Row(ANY, 16, ANY, Tile(128, 64, 64, 8, 3), "any D: a plain blocked product"),
+    Row(ANY, 32, ANY, Tile(64, 32, 32, 4, 3), "ieee products run on the plain cores: small tiles, short unrolled loops"),
+)
+# The gradient of block_m rows stays in registers.
+BACKWARD = (
+    Row(64, 16, 89, Tile(128, 32, None, 8, 3), "128 x 64 with biases: an extra layout of the tile, which spills, here and below"),
+    Row(128, 16, 89, Tile(64, 64, None, 4, 3), "128 x 64 with biases spills 440 times in the loop"),
+    Row(256, 16, 89, Tile(64, 32, None, 4, 2), "128 x 32 with biases spills 200 times in the loop"),
+    Row(64, 16, ANY, Tile(128, 64, None, 8, 3), "128 x 128 spills"),
+    Row(128, 16, 90, Tile(128, 64, None, 8, 3), "as above; spills on sm_100, whose threads hold whole rows of a tile"),
+    Row(256, 16, ANY, Tile(128, 32, None, 8, 2), "the gradient's 128 registers a thread leave room for 32 columns"),
+    Row(64, 32, ANY, Tile(64, 32, None, 8, 2), "4 warps spill; wider rows go through the slab, to the library's float32 product"),
+)
+# Larger D: weights into a slab, the library's product finishes.
+WEIGHTS = (
+    Row(ANY, 16, ANY, Tile(128, 64, 64, 8, 3), "128 x 128 spills"),
+    Row(ANY, 32, ANY, Tile(64, 64, 32, 4, 2), "as in FORWARD"),
+)
+
+
+def override() -> int | None:
+    """The tile that pairloss.testing.tile_size asks for, at least what tl.dot takes."""
+    from ._math import INTERPRETED
+
+    asked = engines.tile_size(0)
+    if asked == 0:
+        return None
+    return 1 << (max(asked, 4 if INTERPRETED.value else 16) - 1).bit_length()
+
+
+def padded(d: int) -> int:
+    """The block that holds d columns."""
+    return max(16, 1 << (d - 1).bit_length())
+
+
+def choose(table: tuple[Row, ...], d: int, dtype: torch.dtype, device: torch.device) -> Tile | None:
+    """The first tile of the table that serves d columns of the dtype and fits the device, with the override's size."""
+    asked, allowed = override(), limits(device)
+    for row in table:
+        serves = d <= row.max_d and 8 * dtype.itemsize <= row.bits and allowed.architecture <= row.newest
+        if serves and operand_bytes(row.tile, d, dtype) <= allowed.shared_memory:
+            return row.tile if asked is None else row.tile._replace(block_m=asked, block_n=asked)
+    return None
+
+
+def operand_bytes(tile: Tile, d: int, dtype: torch.dtype) -> int:
+    """Shared memory that the operands of a tile take, with all stages of the pipeline in flight."""
+    if tile.block_d is None:
+        return (tile.block_m + tile.num_stages * tile.block_n) * padded(d) * dtype.itemsize
+    return tile.num_stages * (tile.block_m + tile.block_n) * tile.block_d * dtype.itemsize
+
+
+def limits(device: torch.device) -> Limits:
+    if device.type != "cuda":
+        return Limits(80, 1 << 30)
+    properties = torch.cuda.get_device_properties(device)
+    return Limits(10 * properties.major + properties.minor, properties.shared_memory_per_block_optin - RESERVED)
