@@ -56,7 +56,7 @@ BACKWARD = (
 # Larger D: weights into a slab, the library's product finishes.
 WEIGHTS = (
     Row(ANY, 16, ANY, Tile(128, 64, 64, 8, 3), "128 x 128 spills"),
-    Row(ANY, 32, ANY, Tile(64, 64, 32, 4, 2), "as in FORWARD"),
+    Row(ANY, 32, ANY, Tile(64, 64, 32, 4, 2), "small for the plain cores, as in FORWARD"),
 )
 
 

@@ -10,7 +10,7 @@ An engine is a module with four functions; a new one is that module and a line i
 
 Sums and weights are [2, K, N] (columns: [2, K, M], M = 0 without both_sides): a mantissa times 2 to the power of an
 integer exponent, which spans any temperature and, unlike a rounded logarithm of the sum, gives weights that add up to 1.
-An empty set has the sum 0 * 2^0; where no gradient flows the weight is 0 * 2^0.
+An empty set has the sum 0 * 2^0. A weight of 0 may come with any exponent, and its pairs with any logit.
 """
 
 import importlib

@@ -112,6 +112,8 @@ def _pair_weights(pairs: "_Pairs", tile: Tile, z: Tensor, rows: "_Weights", cols
     if shift is not None:  # one exponential serves both roles
         outer = [_outer_sum(rows.shifted(k, tile.i, shift), cols.shifted(k, tile.j, shift) if cols else None, z) for k in sets]
         e = pairs.exp2_(z, shift)
+        if not pairs.bounded:  # a pair without weight on either side may be anything: 0 * inf is NaN
+            e.clamp_(max=torch.finfo(e.dtype).max)
         # lerp takes either end exactly
         return e.mul_(outer[0] if len(outer) == 1 else torch.lerp(outer[1], outer[0], pairs.same(tile)))
     w = rows.exact(pairs, tile, z, tile.i, 1)

@@ -385,3 +385,13 @@ print(json.dumps(step(32768)))
     used = json.loads(result.stdout) / 1e6
     assert used < 100, f"{used:.0f} MB"
     assert used > 32768 * 64 * 4 / 1e6  # the gradient alone: less would mean that the measurement failed
+
+
+@pytest.mark.engines
+@on_every_engine
+def test_pairs_that_nobody_weighs_do_not_overflow(engine):
+    """Two long rows without positives: their pair's exponential is 2^1300 of any other's, its weight 0."""
+    x = torch.tensor([[30.0, 0.0], [30.0, 0.0], [0.0, 1.0], [0.0, 0.5], [0.0, -1.0], [0.0, 2.0]]).to(engine.device).requires_grad_()
+    snnl(x, torch.tensor([7, 8, 0, 1, 0, 1], device=engine.device), 1.0, metric="dot", backend=engine.name).backward()
+    assert torch.isfinite(x.grad).all()
+    assert x.grad[2:].abs().sum() > 0
