@@ -110,18 +110,21 @@ def _pair_weights(pairs: "_Pairs", tile: Tile, z: Tensor, rows: "_Weights", cols
     ranges = [rows.range[k][tile.row] for k in sets] + ([cols.range[k][tile.col] for k in sets] if cols else [])
     shift = _shift(min(low for low, _ in ranges), max(high for _, high in ranges)) if pairs.host else None
     if shift is not None:  # one exponential serves both roles
-        outer = [_outer_sum(rows.shifted(k, tile.i, shift), cols.shifted(k, tile.j, shift) if cols else None, z) for k in sets]
+        outer = [
+            _outer_sum(rows.shifted(k, tile.i, shift), cols.shifted(k, tile.j, shift) if cols else None, pairs.buffer(1 + k, tile))
+            for k in sets
+        ]
         e = pairs.exp2_(z, shift)
         if not pairs.bounded:  # a pair without weight on either side may be anything: 0 * inf is NaN
             e.clamp_(max=torch.finfo(e.dtype).max)
         # lerp takes either end exactly
-        return e.mul_(outer[0] if len(outer) == 1 else torch.lerp(outer[1], outer[0], pairs.same(tile)))
+        return e.mul_(outer[0] if len(outer) == 1 else torch.lerp(outer[1], outer[0], pairs.same(tile), out=outer[1]))
     w = rows.exact(pairs, tile, z, tile.i, 1)
     return w if cols is None else w.add_(cols.exact(pairs, tile, z, tile.j, 0))
 
 
-def _outer_sum(row: Tensor, col: Tensor | None, like: Tensor) -> Tensor:
-    return row[:, None].expand_as(like) if col is None else row[:, None] + col[None, :]
+def _outer_sum(row: Tensor, col: Tensor | None, out: Tensor) -> Tensor:
+    return out.copy_(row[:, None]) if col is None else torch.add(row[:, None], col[None, :], out=out)
 
 
 def _shift(low: float, high: float) -> float | None:
@@ -146,12 +149,19 @@ class _Pairs:
         self.x = call.x.to(call.product_dtype).to(call.x.dtype).contiguous()
         self.y = self.x if call.y is None else call.y.to(call.product_dtype).to(call.x.dtype).contiguous()
         # Small logits leave the product in units of log2(e) already, large ones would lose digits to that rounding.
-        self.bounded = call.logit_bound * LOG2E <= NO_SHIFT
+        self.bounded = self._bound() * LOG2E <= NO_SHIFT
         self.unit = LOG2E if self.bounded else 1.0
         col_bias = call.row_bias if call.symmetric else call.col_bias
         self.row_bias, self.col_bias = (None if bias is None else bias * self.unit for bias in (call.row_bias, col_bias))
         self.ids_x, self.ids_y = self._ids()
-        self.buffer = self.x.new_empty(min(self.tile, len(self.x)) * min(self.tile, len(self.y)))
+        self.buffers = self.x.new_empty(4, min(self.tile, len(self.x)) * min(self.tile, len(self.y)))
+
+    def _bound(self) -> float:
+        """Of |z|: what the caller vouches for, or |x| |y|, where looking is free."""
+        if not self.host or self.call.row_bias is not None or self.call.col_bias is not None:
+            return self.call.logit_bound
+        longest = [torch.linalg.vector_norm(rows, dim=1).amax().item() for rows in ((self.x,) if self.call.symmetric else (self.x, self.y))]
+        return longest[0] * longest[-1]
 
     def _ids(self) -> tuple[Tensor | None, Tensor | None]:
         """On the CPU labels become ranks in the features' dtype: exact, and compared four times as fast as int64."""
@@ -193,10 +203,14 @@ class _Pairs:
     def _slices(self, n: int) -> Iterator[slice]:
         return (slice(start, min(start + self.tile, n)) for start in range(0, n, self.tile))
 
+    def buffer(self, number: int, tile: Tile) -> Tensor:
+        """Memory for a tile's values, the same for every tile: fresh memory costs as much as what is done in it."""
+        rows, cols = tile.i.stop - tile.i.start, tile.j.stop - tile.j.start
+        return self.buffers[number, : rows * cols].view(rows, cols)
+
     def logits(self, tile: Tile) -> Tensor:
-        """z times the unit, in a buffer that the next call overwrites."""
-        x, y = self.x[tile.i], self.y[tile.j]
-        z = self.buffer[: len(x) * len(y)].view(len(x), len(y))
+        """z times the unit, in buffer 0."""
+        x, y, z = self.x[tile.i], self.y[tile.j], self.buffer(0, tile)
         if self.col_bias is None:
             torch.addmm(z, x, y.T, beta=0, alpha=self.unit, out=z)
         else:
@@ -204,7 +218,7 @@ class _Pairs:
         if self.row_bias is not None:
             z.add_(self.row_bias[tile.i, None])
         if self.call.symmetric and not tile.mirrored:  # a product need not round z_ij and z_ji alike, but both stand for one pair
-            z.copy_(z.triu() + z.triu(1).T)
+            z.copy_(torch.add(z, z.T, out=self.buffer(1, tile)).mul_(0.5))
         return z
 
     def leave_out(self, z: Tensor, tile: Tile) -> None:
@@ -233,13 +247,13 @@ class _Pairs:
         return _shift(low.item() * LOG2E, high.item() * LOG2E)
 
     def same(self, tile: Tile) -> Tensor:
-        """1 where the ids agree, 0 elsewhere."""
+        """1 where the ids agree, 0 elsewhere, in buffer 3."""
         assert self.ids_x is not None
         assert self.ids_y is not None
         ids_x, ids_y = self.ids_x[tile.i], self.ids_y[tile.j]
         if ids_x.ndim == 1 and self.host:
-            return torch.eq(ids_x[:, None], ids_y[None, :], out=self.x.new_empty(len(ids_x), len(ids_y)))
-        return same_id(ids_x, ids_y).to(self.x.dtype)
+            return torch.eq(ids_x[:, None], ids_y[None, :], out=self.buffer(3, tile))
+        return self.buffer(3, tile).copy_(same_id(ids_x, ids_y))
 
     def split(self, values: Tensor, tile: Tile, outside: float) -> Iterator[tuple[int, Tensor]]:
         """(set, the tile's values with `outside` at the pairs of the other set); may overwrite values."""
@@ -248,7 +262,7 @@ class _Pairs:
             return
         same = self.same(tile)
         if outside == 0:
-            positive = values * same
+            positive = torch.mul(values, same, out=self.buffer(1, tile))
             yield 0, positive
             yield 1, values.sub_(positive)  # v - v or v - 0: exact
         else:
@@ -289,10 +303,15 @@ class _Weights:
         self.mantissa, self.exponent = weights
         none = self.mantissa == 0
         self.range = [pairs.ranges(self.exponent[k], none[k]) for k in range(pairs.num_sets)] if pairs.host else []
+        self.unshifted = self._shifted(slice(None), 0.0)
 
     def shifted(self, k: int, rows: slice, shift: float) -> Tensor:
-        mantissa = self.mantissa[k, rows]
-        return torch.where(mantissa == 0, 0, mantissa * (shift - self.exponent[k, rows]).exp2_())
+        """The weights times 2^shift, as plain numbers."""
+        return (self.unshifted[:, rows] if shift == 0 else self._shifted(rows, shift))[k]
+
+    def _shifted(self, rows: slice, shift: float) -> Tensor:
+        mantissa = self.mantissa[:, rows]
+        return torch.where(mantissa == 0, 0, mantissa * (shift - self.exponent[:, rows]).exp2_())
 
     def exact(self, pairs: _Pairs, tile: Tile, z: Tensor, rows: slice, dim: int) -> Tensor:
         """A_ij of one side with a shift of its own for each pair: right however far the exponents lie apart."""
