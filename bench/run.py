@@ -45,8 +45,9 @@ CPU_CASES = [
     *("16384 128 float32", "32768 128 float32", "65536 128 float32", "8192 512 float32", "8192 128 bfloat16"),
 ]
 CUDA_CASES = [f"{n} {d} {dtype}" for dtype in ("bfloat16", "float32") for d in (128, 256, 512, 1024) for n in (1024, 4096, 16384, 65536)]
-# Beyond these the naive way doesn't fit this kind of machine, or takes minutes a round.
+# Beyond these they don't fit an ordinary machine of the kind, or take minutes a round.
 LARGEST_NAIVE = {"cpu": 16384, "cuda": 65536}
+LARGEST_PRODUCTS = {"cpu": 32768, "cuda": 131072}
 
 
 def parse_case(text: str) -> Case:
@@ -118,7 +119,7 @@ def percentiles(values: list[float]) -> list[str]:
 
 def rows_of(text: str, device: str, rounds: int) -> list[list[object]]:
     case = parse_case(text)
-    names = ["pairloss", "products"] + ["naive"] * (case.n <= LARGEST_NAIVE[device])
+    names = ["pairloss"] + ["products"] * (case.n <= LARGEST_PRODUCTS[device]) + ["naive"] * (case.n <= LARGEST_NAIVE[device])
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS).stdout.strip()
     try:
         from triton import __version__ as triton
@@ -130,8 +131,10 @@ def rows_of(text: str, device: str, rounds: int) -> list[list[object]]:
     for name in names:
         size = [case.n, case.d, text.split()[2]]
         rows.append([*head, name, *size, "seconds", *percentiles(seconds[name]), rounds])
-        ratios = [ours / base for ours, base in zip(seconds[name], seconds["products"], strict=True)]
-        rows.append([*head, name, *size, "seconds / products", *percentiles(ratios), rounds])
+        for base in ("products", "naive"):
+            if name == "pairloss" and base in seconds:
+                ratios = [ours / theirs for ours, theirs in zip(seconds[name], seconds[base], strict=True)]
+                rows.append([*head, name, *size, f"seconds / {base}", *percentiles(ratios), rounds])
         if name != "products" and (peak := memory_in_child(text, device, name)) is not None:
             rows.append([*head, name, *size, "peak bytes", *percentiles([peak]), 1])
     return rows
