@@ -20,7 +20,8 @@ from unittest import mock
 
 import torch
 import triton
-from pairloss.kernels import row_stats, tiles
+from pairloss.kernels import launch as host
+from pairloss.kernels import tiles
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
@@ -76,9 +77,9 @@ def launches(arch: int, dtype: torch.dtype, d: int, modes: Iterable[str]) -> Ite
     for mode in modes:
         call = calls[mode]
         with _recorded(arch) as record:
-            row_stats.row_stats_fwd(call)
+            host.row_stats_fwd(call)
             rows, cols = torch.zeros(2, call.num_sets, n), torch.zeros(2, call.num_sets, n if call.both_sides else 0)
-            row_stats.row_stats_bwd(call, rows, cols, [True, False, call.row_bias is not None, False])
+            host.row_stats_bwd(call, rows, cols, [True, False, call.row_bias is not None, False])
         for kernel, arguments, options, tile in record:
             yield Launch(mode, kernel, arguments, options, tile)
 
@@ -87,11 +88,11 @@ def launches(arch: int, dtype: torch.dtype, d: int, modes: Iterable[str]) -> Ite
 def _recorded(arch: int) -> Iterator[list[tuple[Any, dict[str, Any], dict[str, Any], tiles.Tile]]]:
     record: list[tuple[Any, dict[str, Any], dict[str, Any], tiles.Tile]] = []
 
-    def launch(kernel: Any, grid: tuple[int, ...], tile: tiles.Tile, arguments: dict[str, Any]) -> None:
-        record.append((kernel, arguments, row_stats.launch_options(tile), tile))
+    def record_launch(kernel: Any, grid: tuple[int, ...], tile: tiles.Tile, arguments: dict[str, Any]) -> None:
+        record.append((kernel, arguments, host.launch_options(tile), tile))
 
     with (
-        mock.patch.object(row_stats, "_launch", launch),
+        mock.patch.object(host, "_launch", record_launch),
         mock.patch.object(tiles, "limits", return_value=tiles.Limits(arch, SHARED_MEMORY[arch] - tiles.RESERVED)),
     ):
         yield record

@@ -30,15 +30,15 @@ def label_order_pays(call: Call) -> bool:
 
 
 def row_stats_fwd(call: Call) -> tuple[Tensor, Tensor]:
-    from . import row_stats
+    from . import launch
 
-    return row_stats.row_stats_fwd(call)
+    return launch.row_stats_fwd(call)
 
 
 def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: list[bool]) -> list[Tensor | None]:
-    from . import row_stats
+    from . import launch
 
-    return row_stats.row_stats_bwd(call, row_weights, col_weights, needs)
+    return launch.row_stats_bwd(call, row_weights, col_weights, needs)
 
 
 def _missing_triton() -> str | None:

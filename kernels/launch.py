@@ -1,0 +1,268 @@
+"""From a call to kernel launches: operands, the sums' reduction, grids. O(N D) PyTorch, no host synchronisation."""
+
+import contextlib
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..engines import Call
+from . import tiles
+from ._math import LOG2E, LOWEST
+from .row_stats import row_stats_bwd_kernel, row_stats_fwd_kernel, row_stats_weights_kernel
+from .tiles import Tile
+
+# Partial sums per row: O(N) memory, and 48 * 49 / 2 programs keep 108, 132 or 148 multiprocessors busy in whole waves.
+GROUPS = 48
+# |z| in units of log2(e) up to which 2^z needs no shift: 2^46 of them still sum in float32, and 2^-46 keeps all its digits.
+NO_SHIFT = 46.0
+# Weights of large D at a time: about an L2 cache.
+SLAB_BYTES = 64 << 20
+# Columns are padded to a multiple of this, so that every load is a whole 32 bytes.
+ALIGN = 16
+
+
+class _Side(NamedTuple):
+    """One side of the comparison, as the kernels take it."""
+
+    rows: Tensor  # [n, D] in the product dtype, D padded
+    ids: Tensor | None  # [n] int32
+    bias: Tensor | None  # [n] in units of log2(e)
+    weights: Tensor | None = None  # [2, K, n]: g, scaled, and e; None: this side has none
+
+
+def row_stats_fwd(call: Call) -> tuple[Tensor, Tensor]:
+    n, m, sets = call.x.shape[0], call.candidates.shape[0], call.num_sets
+    if n == 0 or m == 0:
+        return call.x.new_zeros(2, sets, n), call.x.new_zeros(2, sets, m if call.both_sides else 0)
+    x, y = _sides(call)
+    tile = tiles.choose(tiles.FORWARD, x.rows.shape[1], x.rows.dtype, x.rows.device)
+    assert tile is not None
+    # Groups of whole row tiles on both sides: x against itself has one diagonal.
+    span_x, span_y = (triton.cdiv(triton.cdiv(rows, GROUPS), tile.block_m) for rows in (n, m))
+    groups_x, groups_y = triton.cdiv(n, span_x * tile.block_m), triton.cdiv(m, span_y * tile.block_m)
+    bounded = call.logit_bound * LOG2E.value <= NO_SHIFT
+
+    rows = _Sums(x.rows, groups_y, sets, n, bounded)
+    cols = rows if call.symmetric else _Sums(x.rows, groups_x, sets, m if call.both_sides else 0, bounded)
+    arguments = _arguments(call, x, y, tile, call.self_offset) | {
+        "p_rows_m": rows.m,
+        "p_rows_s": rows.s,
+        "p_cols_m": cols.m,
+        "p_cols_s": cols.s,
+        "span_x": span_x,
+        "span_y": span_y * (tile.block_m // tile.block_n),
+        "SYMMETRIC": call.symmetric,
+        "COLS": call.symmetric or call.both_sides,
+        "BOUNDED": bounded,
+        "WHOLE_D": tile.block_d is None,
+    }
+    _launch(row_stats_fwd_kernel, (groups_y, groups_x), tile, arguments)
+    result = rows.total()
+    return result, result.new_empty(2, sets, 0) if call.symmetric else cols.total()
+
+
+def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    x, y = _sides(call)
+    scale = _scale(row_weights, col_weights)
+    x = x._replace(weights=_scaled(row_weights, scale))
+    if call.both_sides:
+        y = y._replace(weights=_scaled(col_weights, scale))
+    elif call.symmetric:
+        y = x
+
+    dx, drow_bias = _side_grads(call, x, y, call.self_offset, needs[0], needs[2], 1 / scale)
+    to_y, to_col_bias = (not call.symmetric and need for need in (needs[1], needs[3]))
+    offset = None if call.self_offset is None else -call.self_offset
+    dy, dcol_bias = _side_grads(call, y, x, offset, to_y, to_col_bias, 1 / scale)
+    return [dx, dy, drow_bias, dcol_bias]
+
+
+def _side_grads(
+    call: Call, x: _Side, y: _Side, self_offset: int | None, need_rows: bool, need_bias: bool, unscale: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x's rows and bias: A y and A 1."""
+    (n, d), m = x.rows.shape, y.rows.shape[0]
+    if not (need_rows or need_bias):
+        return None, None
+    float32 = {"dtype": torch.float32, "device": x.rows.device}
+    if n == 0 or m == 0:
+        return torch.zeros(n, call.x.shape[1], **float32) if need_rows else None, torch.zeros(n, **float32) if need_bias else None
+
+    tile = tiles.choose(tiles.BACKWARD, d, x.rows.dtype, x.rows.device)
+    if tile is not None:
+        dx = torch.empty(n, d, **float32)
+        dbias = torch.empty(n if need_bias else 0, **float32)
+        arguments = _arguments(call, x, y, tile, self_offset) | _weight_arguments(x, y, tile, need_bias)
+        arguments |= {"p_unscale": unscale, "p_dx": dx, "p_dbias": dbias}
+        _launch(row_stats_bwd_kernel, (triton.cdiv(n, tile.block_m),), tile, arguments)
+    else:
+        dx, dbias = _side_grads_by_slabs(call, x, y, self_offset, need_bias)
+        dx *= unscale
+        dbias *= unscale
+    return dx[:, : call.x.shape[1]].contiguous() if need_rows else None, dbias if need_bias else None
+
+
+def _side_grads_by_slabs(call: Call, x: _Side, y: _Side, self_offset: int | None, need_bias: bool) -> tuple[Tensor, Tensor]:
+    (n, d), m = x.rows.shape, y.rows.shape[0]
+    tile = tiles.choose(tiles.WEIGHTS, d, x.rows.dtype, x.rows.device)
+    assert tile is not None
+    t_y = triton.cdiv(m, tile.block_n)
+    stride = triton.cdiv(m, ALIGN) * ALIGN
+    slab_tiles = max(1, SLAB_BYTES // (stride * x.rows.itemsize * tile.block_m))
+    slab = x.rows.new_empty(min(slab_tiles * tile.block_m, n), stride)
+    dx = torch.empty(n, d, dtype=torch.float32, device=x.rows.device)
+    dbias = dx.new_empty(n if need_bias else 0)
+    dbias_slab = dx.new_empty(t_y, len(slab) if need_bias else 0)
+    arguments = _arguments(call, x, y, tile, self_offset) | _weight_arguments(x, y, tile, need_bias)
+    arguments |= {"p_slab": slab, "p_dbias": dbias_slab, "stride_slab": stride, "stride_dbias": len(slab)}
+    for begin in range(0, n, len(slab)):
+        part = min(len(slab), n - begin)
+        span = triton.cdiv(part, tile.block_m)
+        _launch(row_stats_weights_kernel, (span * t_y,), tile, arguments | {"i_first": begin // tile.block_m, "span_x": span})
+        dx[begin : begin + part] = _product(slab[:part, :m], y.rows)
+        if need_bias:
+            dbias[begin : begin + part] = dbias_slab[:, :part].sum(0)
+    return dx, dbias
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32."""
+    if a.dtype != torch.float32 and a.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+class _Sums:
+    """Sums of 2^z per group, set and row, held as s 2^m with an integer m."""
+
+    def __init__(self, like: Tensor, groups: int, sets: int, n: int, bounded: bool) -> None:
+        self.bounded = bounded
+        self.s = torch.zeros(groups, sets, n, dtype=torch.float32, device=like.device)
+        self.m = self.s if bounded else torch.full_like(self.s, LOWEST.value)
+
+    def total(self) -> Tensor:
+        """[2, K, n]: mantissa and exponent over all groups."""
+        if self.bounded:
+            mantissa, exponent = torch.frexp(self.s.sum(0))
+            return torch.stack([mantissa, exponent.float()])
+        top = self.m.amax(0)
+        mantissa, exponent = torch.frexp((self.s * torch.exp2(self.m - top)).sum(0))
+        return torch.stack([mantissa, torch.where(mantissa == 0, 0, top + exponent)])
+
+
+def _sides(call: Call) -> tuple[_Side, _Side]:
+    ids_x, ids_y = _ranks(call.ids_x, call.ids_y)
+    x = _Side(_operand(call.x, call), ids_x, _bias(call.row_bias, call.col_bias, call.x))
+    if call.symmetric:
+        return x, x
+    assert call.y is not None
+    return x, _Side(_operand(call.y, call), ids_y, _bias(call.col_bias, call.row_bias, call.y))
+
+
+def _operand(rows: Tensor, call: Call) -> Tensor:
+    rows = rows.to(call.product_dtype)
+    missing = -rows.shape[1] % ALIGN
+    return (pad(rows, (0, missing)) if missing else rows).contiguous()
+
+
+def _bias(bias: Tensor | None, other: Tensor | None, rows: Tensor) -> Tensor | None:
+    """Both sides have a bias or none has."""
+    if bias is not None:
+        return bias * LOG2E.value
+    return None if other is None else torch.zeros(rows.shape[0], dtype=torch.float32, device=rows.device)
+
+
+def _ranks(ids_x: Tensor | None, ids_y: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The ids as int32 that are equal where they are: compared in half the registers of int64."""
+    if ids_x is None:
+        return None, None
+    ids = ids_x if ids_y is None else torch.cat([ids_x, ids_y])
+    ranks = torch.searchsorted(ids.sort().values, ids, out_int32=True)
+    return ranks[: len(ids_x)], ranks[len(ids_x) :]
+
+
+def _scale(row_weights: Tensor, col_weights: Tensor) -> Tensor:
+    """A power of two that takes the largest weight to about 2^13: no pair's overflows float16, and those down to 2^-27 of the
+    largest keep all its digits."""
+    g = torch.cat([row_weights[0].flatten(), col_weights[0].flatten()])
+    top = torch.where(g.isfinite(), g, 0).abs().amax().clamp(min=2.0**-100)
+    return torch.exp2(torch.floor(13 - torch.log2(top)))
+
+
+def _scaled(weights: Tensor, scale: Tensor) -> Tensor:
+    return torch.stack([weights[0] * scale, weights[1]])
+
+
+def _arguments(call: Call, x: _Side, y: _Side, tile: Tile, self_offset: int | None) -> dict[str, Any]:
+    """What all kernels take."""
+    d = x.rows.shape[1]
+    block_d = tiles.padded(d) if tile.block_d is None else tile.block_d
+    return {
+        "p_x": x.rows,
+        "p_y": y.rows,
+        "p_ids_x": x.ids,
+        "p_ids_y": y.ids,
+        "p_range_x": None if x.ids is None else _tile_ranges(x.ids, x.ids, tile.block_m),
+        "p_range_y": None if y.ids is None else _tile_ranges(y.ids, y.ids, tile.block_n),
+        "p_bias_x": x.bias,
+        "p_bias_y": y.bias,
+        "N": x.rows.shape[0],
+        "M": y.rows.shape[0],
+        "D": d,
+        "T_X": triton.cdiv(x.rows.shape[0], tile.block_m),
+        "T_Y": triton.cdiv(y.rows.shape[0], tile.block_n),
+        "self_offset": self_offset or 0,
+        "SETS": call.num_sets,
+        "HAS_SELF": self_offset is not None,
+        "HAS_BIAS": x.bias is not None,
+        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "EVEN_D": d % block_d == 0,
+        "BLOCK_D": block_d,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+    }
+
+
+def _weight_arguments(x: _Side, y: _Side, tile: Tile, bias_grad: bool) -> dict[str, Any]:
+    """What the kernels of the backward pass take besides."""
+    return {
+        "p_weights_x": x.weights,
+        "p_weights_y": y.weights,
+        "p_exponents_x": _exponent_ranges(x, tile.block_m),
+        "p_exponents_y": _exponent_ranges(y, tile.block_n),
+        "ROLE_X": x.weights is not None,
+        "ROLE_Y": y.weights is not None,
+        "BIAS_GRAD": bias_grad,
+    }
+
+
+def _exponent_ranges(side: _Side, block: int) -> Tensor | None:
+    """Of the weights that are not 0; inf, -inf where all are."""
+    if side.weights is None:
+        return None
+    g, e = side.weights
+    return _tile_ranges(torch.where(g == 0, math.inf, e), torch.where(g == 0, -math.inf, e), block)
+
+
+def _tile_ranges(low: Tensor, high: Tensor, block: int) -> Tensor:
+    """[2, ..., T]: least and greatest of every tile of the last dimension."""
+    limits = (-math.inf, math.inf) if low.is_floating_point() else (torch.iinfo(low.dtype).min, torch.iinfo(low.dtype).max)
+    missing = (0, -low.shape[-1] % block)
+    lows = pad(low, missing, value=limits[1]).unflatten(-1, (-1, block)).amin(-1)
+    highs = pad(high, missing, value=limits[0]).unflatten(-1, (-1, block)).amax(-1)
+    return torch.stack([lows, highs])
+
+
+def launch_options(tile: Tile) -> dict[str, Any]:
+    # Triton 3.10 changes the default of enable_fp_fusion.
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: dict[str, Any]) -> None:
+    device = arguments["p_x"].device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](**arguments, **launch_options(tile))
