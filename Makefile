@@ -32,5 +32,6 @@ bench: $(READY)
 
 # For a machine with a GPU: the interpreter that is there, no network, no virtual environment.
 gpu:
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
 	$(PYTHON) -m pytest tests -m engines
 	$(PYTHON) bench/run.py --device cuda

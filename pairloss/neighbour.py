@@ -79,7 +79,7 @@ def snnl(
         >>> import torch, pairloss
         >>> features = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
         >>> pairloss.snnl(features, torch.tensor([0, 0, 1]), tau=0.5)
-        tensor(0.3423)
+        tensor(0.3485)
     """
     checks.features("features", features)
     checks.labels("labels", labels, features)
