@@ -8,9 +8,9 @@ An engine is a module with four functions; a new one is that module and a line i
     row_stats_bwd(call, row_weights, col_weights, needs)       from A_ij = the weight of the pair's set in row i (and in
         -> [dx, dy, drow_bias, dcol_bias]                      column j) times exp(z_ij); None where needs says so
 
-Sums and weights are [2, K, N] (columns: [2, K, M], M = 0 without both_sides): a mantissa times 2 to the power of an
-integer exponent, which spans any temperature and, unlike a rounded logarithm of the sum, gives weights that add up to 1.
-An empty set has the sum 0 * 2^0. A weight of 0 may come with any exponent, and its pairs with any logit.
+Sums and weights are [2, K, N] (columns: [2, K, M], M = 0 without both_sides): the sum is s e^m, the weight g e^-m. The pair
+spans any temperature, and unlike a rounded logarithm of the sum it gives weights that add up to 1. An empty set has the sum
+0 e^0. A weight of 0 may come with any m, and its pairs with any logit.
 """
 
 import importlib

@@ -176,8 +176,8 @@ def _row_stats(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _log(sums: Tensor) -> Tensor:
-    mantissa, exponent = sums
-    return mantissa.log() + exponent * math.log(2)
+    s, m = sums
+    return s.log() + m
 
 
 def _row_stats_backward(*args: Any) -> list[Tensor]:
@@ -197,10 +197,9 @@ def _row_stats_backward(*args: Any) -> list[Tensor]:
 
 
 def _weights(sums: Tensor, grad: Tensor) -> Tensor:
-    """grad * exp(z - log sum) = (grad / mantissa) 2^-exponent * exp(z)."""
-    mantissa, exponent = sums
-    empty = mantissa == 0
-    return torch.stack([torch.where(empty, 0, grad / mantissa), exponent])
+    """grad * exp(z - log sum) = (grad / s) e^-m * exp(z)."""
+    s, m = sums
+    return torch.stack([torch.where(s == 0, 0, grad / s), m])
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -216,11 +215,17 @@ def _fake_backward(*args: Any) -> list[Tensor]:
 
 
 class _RowStats(torch.autograd.Function):
-    """Autograd around the op. torch.library.register_autograd would cost twice as much per call and lacks torch.func (docs/design.md)."""
+    """Autograd around the op. torch.library.register_autograd lacks torch.func (docs/design.md)."""
 
+    # Each parameter by name: dynamo takes *args for a forward with ctx and fails where nothing requires a gradient.
     @staticmethod
-    def forward(*args: Any) -> Any:
-        return torch.ops.pairloss.row_stats(*args)
+    def forward(
+        x: Tensor, y: Any, ids_x: Any, ids_y: Any, self_offset: Any, row_bias: Any, col_bias: Any,
+        score: str, m: float, gamma: float, both_sides: bool, product_dtype: torch.dtype, logit_bound: float, backend: Any,
+    ) -> Any:  # fmt: skip
+        return torch.ops.pairloss.row_stats(
+            x, y, ids_x, ids_y, self_offset, row_bias, col_bias, score, m, gamma, both_sides, product_dtype, logit_bound, backend
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

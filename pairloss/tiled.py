@@ -5,7 +5,7 @@ x against itself visits only tiles on and above the diagonal: each gives its row
 to its columns, and in backward both roles of a pair, W_ij + W_ji, come from one exponential.
 
 exp2 is the cheaper exponential. A whole tile shares one shift where its values lie close enough together that nothing
-is lost; shifts are integers, so that taking them off again is exact.
+is lost; shifts come off in natural units, before anything is rounded.
 """
 
 import math
@@ -24,11 +24,13 @@ CPU_TILE, DEVICE_TILE = 512, 2048
 LABEL_ORDER_TILES = 4
 
 LOG2E = math.log2(math.e)
-# In units of log2(e). float32 keeps full precision in exp2 from 2^-126 on: within this width of one another, all values of
-# a tile may share a shift and still leave 46 binary digits below the smallest for the sums.
-WIDTH = 80.0
+# float32 keeps full precision in exp down to e^-87: within this width of one another, all values of a tile may share a
+# shift and still leave 14 digits below the smallest for the sums.
+WIDTH = 55.0
 # Values this close to 0 need no shift at all.
-NO_SHIFT = 40.0
+NO_SHIFT = 28.0
+# Up to here a float32 holds a log-sum to a quarter, enough to be a shift itself.
+LARGE = 2.0**22
 
 
 class Tile(NamedTuple):
@@ -63,11 +65,11 @@ def row_stats_fwd(call: Call) -> tuple[Tensor, Tensor]:
         pairs.leave_out(z, tile)
         if shift is None:
             for k, zk in pairs.split(z, tile, -math.inf):
-                rows.add(k, tile.i, *pairs.exp2_sum(zk, 1))
+                rows.add(k, tile.i, *pairs.exp_sum(zk, 1))
                 if to_cols:
-                    cols.add(k, tile.j, *pairs.exp2_sum(zk, 0))
+                    cols.add(k, tile.j, *pairs.exp_sum(zk, 0))
         else:
-            e = pairs.exp2_(z, shift)
+            e = pairs.exp_(z, shift)
             for k, ek in pairs.split(e, tile, 0.0):
                 rows.add(k, tile.i, shift, ek.sum(1))
                 if to_cols:
@@ -107,14 +109,16 @@ def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: l
 def _pair_weights(pairs: "_Pairs", tile: Tile, z: Tensor, rows: "_Weights", cols: "_Weights | None") -> Tensor:
     """The row's weight times exp(z) plus the column's; may overwrite z. The score is linear, so W = A."""
     sets = range(pairs.num_sets) if tile.only is None else [tile.only]
-    ranges = [rows.range[k][tile.row] for k in sets] + ([cols.range[k][tile.col] for k in sets] if cols else [])
-    shift = _shift(min(low for low, _ in ranges), max(high for _, high in ranges)) if pairs.host else None
+    shift = None
+    if pairs.host:
+        ranges = [rows.range[k][tile.row] for k in sets] + ([cols.range[k][tile.col] for k in sets] if cols else [])
+        shift = _shift(min(low for low, _ in ranges), max(high for _, high in ranges))
     if shift is not None:  # one exponential serves both roles
         outer = [
             _outer_sum(rows.shifted(k, tile.i, shift), cols.shifted(k, tile.j, shift) if cols else None, pairs.buffer(1 + k, tile))
             for k in sets
         ]
-        e = pairs.exp2_(z, shift)
+        e = pairs.exp_(z, shift)
         if not pairs.bounded:  # a pair without weight on either side may be anything: 0 * inf is NaN
             e.clamp_(max=torch.finfo(e.dtype).max)
         # lerp takes either end exactly
@@ -131,7 +135,7 @@ def _shift(low: float, high: float) -> float | None:
     """One shift for values in [low, high], None if they lie too far apart (or are not numbers)."""
     if low >= -NO_SHIFT and high <= NO_SHIFT:
         return 0.0
-    return float(round((low + high) / 2)) if high - low <= WIDTH else None
+    return (low + high) / 2 if high - low <= WIDTH else None
 
 
 def _tile(call: Call) -> int:
@@ -149,7 +153,7 @@ class _Pairs:
         self.x = call.x.to(call.product_dtype).to(call.x.dtype).contiguous()
         self.y = self.x if call.y is None else call.y.to(call.product_dtype).to(call.x.dtype).contiguous()
         # Small logits leave the product in units of log2(e) already, large ones would lose digits to that rounding.
-        self.bounded = self._bound() * LOG2E <= NO_SHIFT
+        self.bounded = self._bound() <= NO_SHIFT
         self.unit = LOG2E if self.bounded else 1.0
         col_bias = call.row_bias if call.symmetric else call.col_bias
         self.row_bias, self.col_bias = (None if bias is None else bias * self.unit for bias in (call.row_bias, col_bias))
@@ -225,17 +229,16 @@ class _Pairs:
         if tile.left_out is not None:
             z.diagonal(tile.left_out).fill_(-math.inf)
 
-    def exp2_(self, z: Tensor, shift: float | Tensor) -> Tensor:
-        """exp(logit) 2^-shift, over z. One fused multiply-add: rounded once, after the large parts have cancelled."""
-        if self.bounded:
-            return (z if isinstance(shift, float) and shift == 0 else z.sub_(shift)).exp2_()
-        minus = -shift if isinstance(shift, Tensor) else torch.tensor(-shift, dtype=z.dtype, device=z.device)
-        return torch.add(minus, z, alpha=LOG2E, out=z).exp2_()
+    def exp_(self, z: Tensor, shift: float | Tensor) -> Tensor:
+        """exp(logit - shift), over z. The shift comes off first, exactly: large parts cancel before anything is rounded."""
+        if isinstance(shift, Tensor) or shift:
+            z.sub_(shift * self.unit)
+        return (z if self.bounded else z.mul_(LOG2E)).exp2_()
 
-    def exp2_sum(self, z: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        """(m, sum of exp(logit) 2^-m) with m the maximum as an integer, finite for an empty row."""
-        m = (z.amax(dim, keepdim=True) * (LOG2E / self.unit)).ceil_().clamp_(min=torch.finfo(z.dtype).min)
-        return m.squeeze(dim), self.exp2_(z.clone(), m).sum(dim)
+    def exp_sum(self, z: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """(m, sum of exp(logit - m)) with m the maximum, finite for an empty row."""
+        m = z.amax(dim, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)
+        return m.squeeze(dim), self.exp_(z.clone(), m).sum(dim)
 
     def value_shift(self, z: Tensor) -> float | None:
         """One shift for all values of the tile, None if there is none (or, off the CPU, no way to know)."""
@@ -244,7 +247,7 @@ class _Pairs:
         if not self.host:
             return None
         low, high = z.aminmax()
-        return _shift(low.item() * LOG2E, high.item() * LOG2E)
+        return _shift(low.item(), high.item())
 
     def same(self, tile: Tile) -> Tensor:
         """1 where the ids agree, 0 elsewhere, in buffer 3."""
@@ -272,7 +275,7 @@ class _Pairs:
 
 
 class _Sums:
-    """Running sums of 2^z per set and row, as s 2^m with an integer m."""
+    """Running sums of exp(z) per set and row, as s e^m."""
 
     def __init__(self, pairs: _Pairs, n: int) -> None:
         self.bounded = pairs.bounded
@@ -284,39 +287,39 @@ class _Sums:
         if self.bounded:
             s += total
             return
-        if isinstance(shift, float):  # the row's own exponent: a shift above all that the row holds would drown what comes
-            total, exponent = torch.frexp(total)
-            shift = torch.where(total == 0, torch.finfo(m.dtype).min, exponent.to(m.dtype) + shift)
-        top = torch.maximum(m, shift)
-        s.mul_((m - top).exp2_()).add_(total * (shift - top).exp2_())
+        # Not the shift of a tile in which the row has nothing: it would drown what the row has elsewhere.
+        top = torch.where(total == 0, m, torch.maximum(m, torch.as_tensor(shift, dtype=m.dtype, device=m.device)))
+        s.mul_((m - top).exp_()).add_(total * (shift - top).clamp_(max=0).exp_())
         m.copy_(top)
 
     def sums(self) -> Tensor:
-        mantissa, exponent = torch.frexp(self.s)
-        return torch.stack([mantissa, torch.where(mantissa == 0, 0, self.m + exponent)])
+        """[2, K, N], with m the log-sum itself where it can be."""
+        empty = self.s == 0
+        m = torch.where(empty, 0, torch.where(self.m.abs() < LARGE, self.m + self.s.log(), self.m))
+        return torch.stack([torch.where(empty, 0, self.s * (self.m - m).exp()), m])
 
 
 class _Weights:
-    """The weights of one side: what backward multiplies a pair's exp(z) with."""
+    """The weights of one side, g e^-m: what backward multiplies a pair's exp(z) with."""
 
     def __init__(self, pairs: _Pairs, weights: Tensor) -> None:
-        self.mantissa, self.exponent = weights
-        none = self.mantissa == 0
-        self.range = [pairs.ranges(self.exponent[k], none[k]) for k in range(pairs.num_sets)] if pairs.host else []
+        self.g, self.m = weights
+        none = self.g == 0
+        self.range = [pairs.ranges(self.m[k], none[k]) for k in range(pairs.num_sets)] if pairs.host else []
         self.unshifted = self._shifted(slice(None), 0.0)
 
     def shifted(self, k: int, rows: slice, shift: float) -> Tensor:
-        """The weights times 2^shift, as plain numbers."""
+        """The weights times exp(shift), as plain numbers."""
         return (self.unshifted[:, rows] if shift == 0 else self._shifted(rows, shift))[k]
 
     def _shifted(self, rows: slice, shift: float) -> Tensor:
-        mantissa = self.mantissa[:, rows]
-        return torch.where(mantissa == 0, 0, mantissa * (shift - self.exponent[:, rows]).exp2_())
+        g = self.g[:, rows]
+        return torch.where(g == 0, 0, g * (shift - self.m[:, rows]).exp_())
 
     def exact(self, pairs: _Pairs, tile: Tile, z: Tensor, rows: slice, dim: int) -> Tensor:
-        """A_ij of one side with a shift of its own for each pair: right however far the exponents lie apart."""
-        mantissa, exponent = (v[:, rows].unsqueeze(1 + dim) for v in (self.mantissa, self.exponent))
+        """A_ij of one side with a shift of its own for each pair: right however far the log-sums lie apart."""
+        g, m = (v[:, rows].unsqueeze(1 + dim) for v in (self.g, self.m))
         if tile.only is not None:
-            return pairs.exp2_(z.clone(), exponent[tile.only]).mul_(mantissa[tile.only])
+            return pairs.exp_(z.clone(), m[tile.only]).mul_(g[tile.only])
         same = pairs.same(tile).bool()
-        return pairs.exp2_(z.clone(), torch.where(same, exponent[0], exponent[1])).mul_(torch.where(same, mantissa[0], mantissa[1]))
+        return pairs.exp_(z.clone(), torch.where(same, m[0], m[1])).mul_(torch.where(same, g[0], g[1]))
