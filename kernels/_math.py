@@ -5,7 +5,8 @@ import os
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+# As float32 has it, so that every product with it is by the same number.
+LOG2E = tl.constexpr(1.44269502162933349609375)
 # Stands for the maximum of an empty set: finite, so that no inf - inf arises.
 LOWEST = tl.constexpr(-1e38)
 # Triton reads the variable when it decorates, so this is what the functions below became.
@@ -64,13 +65,13 @@ def outer_sum(a, b, HAS_A: tl.constexpr, HAS_B: tl.constexpr):
 
 @triton.jit
 def log_sum(v, AXIS: tl.constexpr, BOUNDED: tl.constexpr):
-    """(m, s): the sum of 2^v along the axis is s 2^m, m an integer. Bounded: v holds the exponentials already, and m is 0."""
+    """(m, s): the sum of e^v along the axis is s e^m, m the maximum. Bounded: v holds the exponentials already, and m is 0."""
     if BOUNDED:
         s = tl.sum(v, AXIS)
         return tl.zeros_like(s), s
     else:
-        m = tl.maximum(tl.ceil(tl.max(v, AXIS)), LOWEST)
-        return m, tl.sum(tl.exp2(v - tl.expand_dims(m, AXIS)), AXIS)
+        m = tl.maximum(tl.max(v, AXIS), LOWEST)
+        return m, tl.sum(tl.exp(v - tl.expand_dims(m, AXIS)), AXIS)
 
 
 @triton.jit
@@ -80,7 +81,7 @@ def add_log_sums(m, s, m_more, s_more, BOUNDED: tl.constexpr):
         return m, s + s_more
     else:
         top = tl.maximum(m, m_more)
-        return top, s * tl.exp2(m - top) + s_more * tl.exp2(m_more - top)
+        return top, s * tl.exp(m - top) + s_more * tl.exp(m_more - top)
 
 
 @triton.jit
@@ -97,9 +98,18 @@ def add_to_memory(p_m, p_s, m_entries, m, s, BOUNDED: tl.constexpr):
 
 
 @triton.jit
-def shifted(g, e, shift):
-    """g 2^(shift - e); 0 stays 0 however far its e lies."""
-    return tl.where(g == 0, 0.0, g * tl.exp2(shift - e))
+def less(z, shift):
+    """z log2(e) - shift, rounded once and after the large parts have cancelled: a fused multiply-add on the GPU."""
+    if INTERPRETED:
+        return (z.to(tl.float64) * LOG2E - shift).to(tl.float32)
+    else:
+        return z * LOG2E - shift
+
+
+@triton.jit
+def shifted(g, lse, shift):
+    """g e^-lse 2^shift; 0 stays 0 however far its lse lies."""
+    return tl.where(g == 0, 0.0, g * tl.exp2(-less(lse, shift)))
 
 
 @triton.jit

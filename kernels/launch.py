@@ -9,17 +9,17 @@ import triton
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..engines import Call
+from ..engines import Call, normalised
 from . import tiles
-from ._math import LOG2E, LOWEST
+from ._math import LOWEST
 from .row_stats import row_stats_bwd_kernel, row_stats_fwd_kernel, row_stats_weights_kernel
 from .tiles import Tile
 
 # Partial sums per row: O(N) memory, and 48 * 49 / 2 programs keep 108, 132 or 148 multiprocessors busy in whole waves.
 GROUPS = 48
-# |z| in units of log2(e) up to which 2^z needs no shift: 2^46 of them still sum in float32, and 2^-46 keeps all its digits.
-NO_SHIFT = 46.0
-# Weights of large D at a time: about an L2 cache.
+# |z| up to which e^z needs no shift: 2^46 of them still sum in float32, and e^-32 keeps all its digits.
+NO_SHIFT = 32.0
+# Weights of large D at a time: about an L2 cache, but at least one row of tiles (256 MiB at M = 1,048,576).
 SLAB_BYTES = 64 << 20
 # Columns are padded to a multiple of this, so that every load is a whole 32 bytes.
 ALIGN = 16
@@ -44,7 +44,7 @@ def row_stats_fwd(call: Call) -> tuple[Tensor, Tensor]:
     # Groups of whole row tiles on both sides: x against itself has one diagonal.
     span_x, span_y = (triton.cdiv(triton.cdiv(rows, GROUPS), tile.block_m) for rows in (n, m))
     groups_x, groups_y = triton.cdiv(n, span_x * tile.block_m), triton.cdiv(m, span_y * tile.block_m)
-    bounded = call.logit_bound * LOG2E.value <= NO_SHIFT
+    bounded = call.logit_bound <= NO_SHIFT
 
     rows = _Sums(x.rows, groups_y, sets, n, bounded)
     cols = rows if call.symmetric else _Sums(x.rows, groups_x, sets, m if call.both_sides else 0, bounded)
@@ -137,7 +137,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Sums:
-    """Sums of 2^z per group, set and row, held as s 2^m with an integer m."""
+    """Sums of e^z per group, set and row, held as s e^m."""
 
     def __init__(self, like: Tensor, groups: int, sets: int, n: int, bounded: bool) -> None:
         self.bounded = bounded
@@ -145,13 +145,11 @@ class _Sums:
         self.m = self.s if bounded else torch.full_like(self.s, LOWEST.value)
 
     def total(self) -> Tensor:
-        """[2, K, n]: mantissa and exponent over all groups."""
+        """[2, K, n]: s and m over all groups."""
         if self.bounded:
-            mantissa, exponent = torch.frexp(self.s.sum(0))
-            return torch.stack([mantissa, exponent.float()])
+            return normalised(self.s.sum(0), torch.zeros_like(self.s[0]))
         top = self.m.amax(0)
-        mantissa, exponent = torch.frexp((self.s * torch.exp2(self.m - top)).sum(0))
-        return torch.stack([mantissa, torch.where(mantissa == 0, 0, top + exponent)])
+        return normalised(self.m.sub_(top).exp_().mul_(self.s).sum(0), top)
 
 
 def _sides(call: Call) -> tuple[_Side, _Side]:
@@ -172,7 +170,7 @@ def _operand(rows: Tensor, call: Call) -> Tensor:
 def _bias(bias: Tensor | None, other: Tensor | None, rows: Tensor) -> Tensor | None:
     """Both sides have a bias or none has."""
     if bias is not None:
-        return bias * LOG2E.value
+        return bias
     return None if other is None else torch.zeros(rows.shape[0], dtype=torch.float32, device=rows.device)
 
 
@@ -180,9 +178,8 @@ def _ranks(ids_x: Tensor | None, ids_y: Tensor | None) -> tuple[Tensor | None, T
     """The ids as int32 that are equal where they are: compared in half the registers of int64."""
     if ids_x is None:
         return None, None
-    ids = ids_x if ids_y is None else torch.cat([ids_x, ids_y])
-    ranks = torch.searchsorted(ids.sort().values, ids, out_int32=True)
-    return ranks[: len(ids_x)], ranks[len(ids_x) :]
+    ids = (ids_x if ids_y is None else torch.cat([ids_x, ids_y])).sort().values
+    return torch.searchsorted(ids, ids_x, out_int32=True), None if ids_y is None else torch.searchsorted(ids, ids_y, out_int32=True)
 
 
 def _scale(row_weights: Tensor, col_weights: Tensor) -> Tensor:
@@ -219,7 +216,7 @@ def _arguments(call: Call, x: _Side, y: _Side, tile: Tile, self_offset: int | No
         "SETS": call.num_sets,
         "HAS_SELF": self_offset is not None,
         "HAS_BIAS": x.bias is not None,
-        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "PRECISION": _precision(x.rows.dtype),
         "EVEN_D": d % block_d == 0,
         "BLOCK_D": block_d,
         "BLOCK_M": tile.block_m,
@@ -227,20 +224,28 @@ def _arguments(call: Call, x: _Side, y: _Side, tile: Tile, self_offset: int | No
     }
 
 
+def _precision(dtype: torch.dtype) -> str:
+    """How torch is set to multiply float32. Its old getter raises once the new setting has been used."""
+    if dtype != torch.float32:
+        return "ieee"
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None) or torch.get_float32_matmul_precision()
+    return "tf32" if setting in ("tf32", "high", "medium") else "ieee"
+
+
 def _weight_arguments(x: _Side, y: _Side, tile: Tile, bias_grad: bool) -> dict[str, Any]:
     """What the kernels of the backward pass take besides."""
     return {
         "p_weights_x": x.weights,
         "p_weights_y": y.weights,
-        "p_exponents_x": _exponent_ranges(x, tile.block_m),
-        "p_exponents_y": _exponent_ranges(y, tile.block_n),
+        "p_log_sums_x": _log_sum_ranges(x, tile.block_m),
+        "p_log_sums_y": _log_sum_ranges(y, tile.block_n),
         "ROLE_X": x.weights is not None,
         "ROLE_Y": y.weights is not None,
         "BIAS_GRAD": bias_grad,
     }
 
 
-def _exponent_ranges(side: _Side, block: int) -> Tensor | None:
+def _log_sum_ranges(side: _Side, block: int) -> Tensor | None:
     """Of the weights that are not 0; inf, -inf where all are."""
     if side.weights is None:
         return None

@@ -1,16 +1,14 @@
 r"""pairloss.ops.row_stats on a GPU: products, biases, label masks, log-sums and their gradients in one pass each.
 
-With L = log2(e), all inside is in units of L (exp2 is the GPU's exponential):
-
-    z_ij = L (score(<x_i, y_j>) + row_bias_i + col_bias_j)                     x [N, D], y [M, D], statistics [K, N]
-    sum_ki = sum over j in set k of 2^z_ij                                     set 0: the positives, 1: the negatives
-    A_ij = g_ki 2^(z_ij - e_ki) + h_kj 2^(z_ij - f_kj)                         set k is the one that the pair is in
+    z_ij = score(<x_i, y_j>) + row_bias_i + col_bias_j                         x [N, D], y [M, D], statistics [K, N]
+    sum_ki = sum over j in set k of e^z_ij                                     set 0: the positives, 1: the negatives
+    A_ij = g_ki e^(z_ij - l_ki) + h_kj e^(z_ij - m_kj)                         set k is the one that the pair is in
     dx_i = sum_j A_ij y_j,  drow_bias_i = sum_j A_ij                           dy: the same with the sides swapped
 
-with weights (g, e) of the rows and (h, f) of the columns. x against itself: they are the same, A is both roles of a pair.
+with weights (g, l) of the rows and (h, m) of the columns. x against itself: they are the same, A is both roles of a pair.
 The N x M matrix is never materialised: the forward pass keeps sums, at most launch.GROUPS per row; the backward pass keeps a row
-tile's gradient in registers, or for large D a slab of A of at most launch.SLAB_BYTES. No atomics: the same input gives the same
-bits. No host synchronisation.
+tile's gradient in registers, or for large D a slab of A of at most launch.SLAB_BYTES or one row of tiles. No atomics: the same
+input gives the same bits. No host synchronisation.
 """
 
 import triton
@@ -25,6 +23,7 @@ from ._math import (
     blocked_product,
     capped_exp2,
     dot,
+    less,
     load_rows,
     log_sum,
     outer_sum,
@@ -32,20 +31,22 @@ from ._math import (
     shifted,
 )
 
-# Exponents this close together share one shift c in the middle: 2^(c - e) stays within 2^40 of 1, so nothing overflows, and
-# what underflows is below 2^-80 of its row's sum.
-WIDTH = tl.constexpr(80.0)
+# Log-sums this close together share one shift in the middle: e^(shift - lse) stays within e^27.5 of 1, so nothing overflows,
+# and what underflows is below e^-55 of its row's sum.
+WIDTH = tl.constexpr(55.0)
+# A shift rounded to float32 is off by at most 64 up to here, which an exponential survives.
+LARGEST = tl.constexpr(2.0**30)
 
 
 @triton.jit
 def load_side(p_ids, p_bias, p_weights, o, N, SETS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ROLE: tl.constexpr):
-    """(ids, bias, g_0, g_1, e_0, e_1) of the rows o; what the call doesn't have is a placeholder."""
+    """(ids, bias, g_0, g_1, lse_0, lse_1) of the rows o; what the call doesn't have is a placeholder."""
     ids = o
     bias = o.to(tl.float32)
     g_0 = bias
     g_1 = bias
-    e_0 = bias
-    e_1 = bias
+    lse_0 = bias
+    lse_1 = bias
     if SETS == 2:
         ids = tl.load(p_ids + o)
     if HAS_BIAS:
@@ -53,9 +54,9 @@ def load_side(p_ids, p_bias, p_weights, o, N, SETS: tl.constexpr, HAS_BIAS: tl.c
     if HAS_ROLE:
         g_0 = tl.load(p_weights + o)
         g_1 = tl.load(p_weights + (SETS - 1) * N + o)
-        e_0 = tl.load(p_weights + SETS * N + o)
-        e_1 = tl.load(p_weights + (2 * SETS - 1) * N + o)
-    return ids, bias, g_0, g_1, e_0, e_1
+        lse_0 = tl.load(p_weights + SETS * N + o)
+        lse_1 = tl.load(p_weights + (2 * SETS - 1) * N + o)
+    return ids, bias, g_0, g_1, lse_0, lse_1
 
 
 @triton.jit
@@ -78,7 +79,7 @@ def tile_logits(
     s, x, y, i, j, N, M, self_offset, HAS_SELF: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """z of tile (i, j); -inf at the pairs left out and beyond the edges."""
-    z = score(s.to(tl.float32)) * LOG2E
+    z = score(s.to(tl.float32))
     if HAS_BIAS:
         z += x[1][:, None] + y[1][None, :]  # the biases first: z_ij and z_ji round alike
     i0 = i * BLOCK_M
@@ -108,7 +109,7 @@ def add_tile(v, m, s, p_m, p_s, m_cols, COLS: tl.constexpr, BOUNDED: tl.constexp
     return m, s
 
 
-@triton.jit(do_not_specialize=["self_offset", "span_x", "span_y"])
+@triton.jit(do_not_specialize=["N", "M", "T_X", "T_Y", "self_offset", "span_x", "span_y"])
 def row_stats_fwd_kernel(
     p_x, p_y, p_ids_x, p_ids_y, p_range_x, p_range_y, p_bias_x, p_bias_y,
     p_rows_m, p_rows_s, p_cols_m, p_cols_s,
@@ -161,7 +162,7 @@ def row_stats_fwd_kernel(
             y = load_side(p_ids_y, p_bias_y, p_bias_y, o_y, M, SETS, HAS_BIAS, False)
             v = tile_logits(s, x, y, i, j, N, M, self_offset, HAS_SELF, HAS_BIAS, BLOCK_M, BLOCK_N)
             if BOUNDED:
-                v = tl.exp2(v)
+                v = tl.exp(v)
 
             m_cols = o_j < M
             if SYMMETRIC:
@@ -187,8 +188,8 @@ def row_stats_fwd_kernel(
 
 
 @triton.jit
-def exponent_range(p_range, t, T, only, low, high, SETS: tl.constexpr):
-    """(low, high) widened to the exponents of row tile t in set `only`, or in both sets if that is 2."""
+def log_sum_range(p_range, t, T, only, low, high, SETS: tl.constexpr):
+    """(low, high) widened to the log-sums of row tile t in set `only`, or in both sets if that is 2."""
     first = tl.where(only == 2, 0, only)
     last = tl.where(only == 2, 1, only)
     low = tl.minimum(low, tl.minimum(tl.load(p_range + first * T + t), tl.load(p_range + last * T + t)))
@@ -199,7 +200,7 @@ def exponent_range(p_range, t, T, only, low, high, SETS: tl.constexpr):
 
 @triton.jit
 def tile_weights(
-    z, x, y, i, j, p_range_x, p_range_y, p_exponents_x, p_exponents_y, T_X, T_Y,
+    z, x, y, i, j, p_range_x, p_range_y, p_log_sums_x, p_log_sums_y, T_X, T_Y,
     SETS: tl.constexpr, ROLE_X: tl.constexpr, ROLE_Y: tl.constexpr,
 ):  # fmt: skip
     """A of tile (i, j), from its logits. The score is linear: A is also the weight of the second product."""
@@ -207,22 +208,22 @@ def tile_weights(
     low = float("inf")
     high = float("-inf")
     if ROLE_X:
-        low, high = exponent_range(p_exponents_x, i, T_X, only, low, high, SETS)
+        low, high = log_sum_range(p_log_sums_x, i, T_X, only, low, high, SETS)
     if ROLE_Y:
-        low, high = exponent_range(p_exponents_y, j, T_Y, only, low, high, SETS)
-    shift = tl.where(low <= high, tl.floor((low + high) / 2), 0.0)  # nothing but zero weights: inf, -inf
-    _, _, g_x0, g_x1, e_x0, e_x1 = x
-    _, _, g_y0, g_y1, e_y0, e_y1 = y
+        low, high = log_sum_range(p_log_sums_y, j, T_Y, only, low, high, SETS)
+    shift = tl.where(low <= high, (low + high) / 2 * LOG2E, 0.0)  # in units of log2(e); nothing but zero weights: inf, -inf
+    _, _, g_x0, g_x1, lse_x0, lse_x1 = x
+    _, _, g_y0, g_y1, lse_y0, lse_y1 = y
 
-    if high - low <= WIDTH:  # one exponential serves both roles
-        exp_z = capped_exp2(z - shift)
+    if (high - low <= WIDTH) & (tl.abs(shift) <= LARGEST):  # one exponential serves both roles
+        exp_z = capped_exp2(less(z, shift))
         if only < 2:
-            u_x = shifted(tl.where(only == 0, g_x0, g_x1), tl.where(only == 0, e_x0, e_x1), shift)
-            u_y = shifted(tl.where(only == 0, g_y0, g_y1), tl.where(only == 0, e_y0, e_y1), shift)
+            u_x = shifted(tl.where(only == 0, g_x0, g_x1), tl.where(only == 0, lse_x0, lse_x1), shift)
+            u_y = shifted(tl.where(only == 0, g_y0, g_y1), tl.where(only == 0, lse_y0, lse_y1), shift)
             w = outer_sum(u_x, u_y, ROLE_X, ROLE_Y) * exp_z
         else:
-            u_0 = outer_sum(shifted(g_x0, e_x0, shift), shifted(g_y0, e_y0, shift), ROLE_X, ROLE_Y)
-            u_1 = outer_sum(shifted(g_x1, e_x1, shift), shifted(g_y1, e_y1, shift), ROLE_X, ROLE_Y)
+            u_0 = outer_sum(shifted(g_x0, lse_x0, shift), shifted(g_y0, lse_y0, shift), ROLE_X, ROLE_Y)
+            u_1 = outer_sum(shifted(g_x1, lse_x1, shift), shifted(g_y1, lse_y1, shift), ROLE_X, ROLE_Y)
             w = tl.where(x[0][:, None] == y[0][None, :], u_0, u_1) * exp_z
     else:
         same = x[0][:, None] == y[0][None, :]
@@ -230,17 +231,17 @@ def tile_weights(
             same = same | True
         w = tl.zeros_like(z)
         if ROLE_X:
-            e = tl.where(same, e_x0[:, None], e_x1[:, None])
-            w += tl.where(same, g_x0[:, None], g_x1[:, None]) * capped_exp2(z - e)
+            lse = tl.where(same, lse_x0[:, None], lse_x1[:, None])
+            w += tl.where(same, g_x0[:, None], g_x1[:, None]) * capped_exp2((z - lse) * LOG2E)
         if ROLE_Y:
-            e = tl.where(same, e_y0[None, :], e_y1[None, :])
-            w += tl.where(same, g_y0[None, :], g_y1[None, :]) * capped_exp2(z - e)
+            lse = tl.where(same, lse_y0[None, :], lse_y1[None, :])
+            w += tl.where(same, g_y0[None, :], g_y1[None, :]) * capped_exp2((z - lse) * LOG2E)
     return w
 
 
-@triton.jit(do_not_specialize=["self_offset"])
+@triton.jit(do_not_specialize=["N", "M", "T_X", "T_Y", "self_offset"])
 def row_stats_bwd_kernel(
-    p_x, p_y, p_ids_x, p_ids_y, p_range_x, p_range_y, p_bias_x, p_bias_y, p_weights_x, p_weights_y, p_exponents_x, p_exponents_y,
+    p_x, p_y, p_ids_x, p_ids_y, p_range_x, p_range_y, p_bias_x, p_bias_y, p_weights_x, p_weights_y, p_log_sums_x, p_log_sums_y,
     p_unscale, p_dx, p_dbias,
     N, M, D, T_X, T_Y, self_offset,
     SETS: tl.constexpr, HAS_SELF: tl.constexpr, HAS_BIAS: tl.constexpr, ROLE_X: tl.constexpr, ROLE_Y: tl.constexpr,
@@ -263,7 +264,7 @@ def row_stats_bwd_kernel(
         s = dot(b_x, b_y.T, tl.zeros([BLOCK_M, BLOCK_N], ACCUMULATOR), PRECISION)
         y = load_side(p_ids_y, p_bias_y, p_weights_y, o_y, M, SETS, HAS_BIAS, ROLE_Y)
         z = tile_logits(s, x, y, i, j, N, M, self_offset, HAS_SELF, HAS_BIAS, BLOCK_M, BLOCK_N)
-        w = tile_weights(z, x, y, i, j, p_range_x, p_range_y, p_exponents_x, p_exponents_y, T_X, T_Y, SETS, ROLE_X, ROLE_Y)
+        w = tile_weights(z, x, y, i, j, p_range_x, p_range_y, p_log_sums_x, p_log_sums_y, T_X, T_Y, SETS, ROLE_X, ROLE_Y)
         if BIAS_GRAD:
             acc_bias += tl.sum(w, 1)
         acc = dot(w.to(b_y.dtype), b_y, acc, PRECISION)
@@ -276,9 +277,9 @@ def row_stats_bwd_kernel(
         tl.store(p_dbias + o_i, acc_bias * unscale, m_rows)
 
 
-@triton.jit(do_not_specialize=["self_offset", "i_first", "span_x"])
+@triton.jit(do_not_specialize=["N", "M", "T_X", "T_Y", "self_offset", "i_first", "span_x", "stride_slab"])
 def row_stats_weights_kernel(
-    p_x, p_y, p_ids_x, p_ids_y, p_range_x, p_range_y, p_bias_x, p_bias_y, p_weights_x, p_weights_y, p_exponents_x, p_exponents_y,
+    p_x, p_y, p_ids_x, p_ids_y, p_range_x, p_range_y, p_bias_x, p_bias_y, p_weights_x, p_weights_y, p_log_sums_x, p_log_sums_y,
     p_slab, p_dbias,
     N, M, D, T_X, T_Y, self_offset, i_first, span_x, stride_slab, stride_dbias,
     SETS: tl.constexpr, HAS_SELF: tl.constexpr, HAS_BIAS: tl.constexpr, ROLE_X: tl.constexpr, ROLE_Y: tl.constexpr,
@@ -297,7 +298,7 @@ def row_stats_weights_kernel(
     x = load_side(p_ids_x, p_bias_x, p_weights_x, o_x, N, SETS, HAS_BIAS, ROLE_X)
     y = load_side(p_ids_y, p_bias_y, p_weights_y, o_y, M, SETS, HAS_BIAS, ROLE_Y)
     z = tile_logits(s, x, y, i, j, N, M, self_offset, HAS_SELF, HAS_BIAS, BLOCK_M, BLOCK_N)
-    w = tile_weights(z, x, y, i, j, p_range_x, p_range_y, p_exponents_x, p_exponents_y, T_X, T_Y, SETS, ROLE_X, ROLE_Y)
+    w = tile_weights(z, x, y, i, j, p_range_x, p_range_y, p_log_sums_x, p_log_sums_y, T_X, T_Y, SETS, ROLE_X, ROLE_Y)
 
     m_rows = o_i < N
     o_i -= i_first * BLOCK_M

@@ -38,9 +38,9 @@ RESERVED = 8 << 10
 
 # The first row that fits serves. block_m is a multiple of block_n: x against itself visits blocks of block_m rows.
 FORWARD = (
-    Row(128, 16, ANY, Tile(128, 64, None, 8, 2), "128 x 128 spills where a maximum is tracked, 3 stages on sm_80"),
-    Row(256, 16, 90, Tile(128, 64, None, 8, 2), "as above; spills on sm_100"),
-    Row(ANY, 16, ANY, Tile(128, 64, 64, 8, 3), "any D: a plain blocked product"),
+    Row(256, 16, 90, Tile(128, 64, None, 8, 2), "128 x 128 spills where a maximum is tracked, 3 stages on sm_80, all on sm_100"),
+    Row(ANY, 16, 90, Tile(128, 64, 64, 8, 3), "any D: a plain blocked product"),
+    Row(ANY, 16, ANY, Tile(64, 64, 64, 8, 3), "128 x 64 spills on sm_100 where a maximum is tracked"),
     Row(ANY, 32, ANY, Tile(64, 32, 32, 4, 3), "ieee products run on the plain cores: small tiles, short unrolled loops"),
 )
 # The gradient of block_m rows stays in registers.
@@ -48,8 +48,7 @@ BACKWARD = (
     Row(64, 16, 89, Tile(128, 32, None, 8, 3), "128 x 64 with biases: an extra layout of the tile, which spills, here and below"),
     Row(128, 16, 89, Tile(64, 64, None, 4, 3), "128 x 64 with biases spills 440 times in the loop"),
     Row(256, 16, 89, Tile(64, 32, None, 4, 2), "128 x 32 with biases spills 200 times in the loop"),
-    Row(64, 16, ANY, Tile(128, 64, None, 8, 3), "128 x 128 spills"),
-    Row(128, 16, 90, Tile(128, 64, None, 8, 3), "as above; spills on sm_100, whose threads hold whole rows of a tile"),
+    Row(128, 16, 90, Tile(128, 64, None, 8, 3), "128 x 128 spills; this on sm_100, whose threads hold whole rows of a tile"),
     Row(256, 16, ANY, Tile(128, 32, None, 8, 2), "the gradient's 128 registers a thread leave room for 32 columns"),
     Row(64, 32, ANY, Tile(64, 32, None, 8, 2), "4 warps spill; wider rows go through the slab, to the library's float32 product"),
 )

@@ -18,8 +18,11 @@ def check_options(
         if class_weight.ndim != 1 or class_weight.shape[0] == 0:
             raise ValueError(f"class_weight: expected shape [C], one entry per class, got {list(class_weight.shape)}")
         checks.same_device("class_weight", class_weight, features)
-    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt))):
-        raise TypeError(f"ignore_index: expected an integer or None, got {type(ignore_index).__name__}")
+    if ignore_index is not None:
+        checks.integer("ignore_index", ignore_index)
+    for name, value in (("weight", weight), ("class_weight", class_weight)):
+        if value is not None and value.is_complex():
+            raise TypeError(f"{name}: expected a real dtype, got {value.dtype}")
 
 
 def weights(

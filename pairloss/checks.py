@@ -1,6 +1,7 @@
 """Checks of arguments, before any work: every message names the argument, what was expected and what came."""
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +23,8 @@ def features(name: str, value: Tensor, like: Tensor | None = None) -> None:
         raise ValueError(f"{name}: expected shape [N, D], got {list(value.shape)}")
     if value.dtype not in _FEATURE_DTYPES:
         raise TypeError(f"{name}: expected a floating-point or complex dtype, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
     if value.shape[0] == 0 or value.shape[1] == 0:
         raise ValueError(f"{name}: expected at least one row and one column, got {list(value.shape)}")
     if like is not None:
@@ -76,8 +79,15 @@ def non_negative(name: str, value: float) -> None:
 
 
 def number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer or None, got {type(value).__name__}")
+    if not -(2**63) <= int(value) < 2**63:
+        raise ValueError(f"{name}: expected a 64-bit integer, got {value}")
 
 
 def choice(name: str, value: str, known: Sequence[str]) -> None:

@@ -78,6 +78,13 @@ def tile_size(default: int) -> int:
     return default if _tile_override is None else _tile_override
 
 
+def normalised(s: Tensor, m: Tensor) -> Tensor:
+    """[2, K, N] of sums s e^m, with m the log-sum itself where float32 holds it to a quarter; an empty set: 0 e^0."""
+    empty = s == 0
+    log_sum = torch.where(m.abs() < 2.0**22, m + s.log(), m)
+    return torch.stack([torch.where(empty, 0, s * (m - log_sum).exp()), torch.where(empty, 0, log_sum)])
+
+
 def without_autocast(call: Call) -> AbstractContextManager[None]:
     """The call says in which dtype to multiply; autocast must not change its mind."""
     device = call.x.device.type
@@ -89,8 +96,9 @@ def load(name: str) -> ModuleType:
 
 
 def check_backend(backend: str | None) -> None:
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
+    for name, value in (("backend", backend), ("PAIRLOSS_BACKEND", DEFAULT_BACKEND)):
+        if value is not None and value not in BACKENDS:
+            raise ValueError(f"{name}: expected one of {', '.join(map(repr, BACKENDS))} or None, got {value!r}")
 
 
 def choose(call: Call, backend: str | None) -> ModuleType:

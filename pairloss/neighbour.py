@@ -101,9 +101,12 @@ def snnl(
     ignored = None if ignore_index is None else labels == ignore_index
     ref_ignored = None if ignore_index is None or ref_labels is None else ref_labels == ignore_index
 
-    weight = anchors.weights(labels, weight, class_weight, ignored, torch.promote_types(features.dtype, torch.float32))
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    weight = anchors.weights(labels, weight, class_weight, ignored, dtype)
+    if isinstance(tau, Tensor):
+        tau = tau.to(dtype)
 
-    x, y, row_bias, col_bias, product_dtype, logit_bound = prepare(features, ref_features, tau, metric, ignored, ref_ignored)
+    x, y, row_bias, col_bias, product_dtype, logit_bound, poison = prepare(features, ref_features, tau, metric, ignored, ref_ignored)
     (pos, neg), _ = row_stats(
         x,
         y,
@@ -128,6 +131,7 @@ def snnl(
         counts = torch.ones_like(no_positives)
     if focal:
         losses = losses * torch.exp(focal * log_rest)
+    losses, counts = losses + poison, counts | poison.isnan()  # also where the anchor has nothing to be compared with
     if ignored is not None:
         counts = counts & ~ignored
     return anchors.reduce(losses, counts, weight, reduction)

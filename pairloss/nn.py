@@ -1,10 +1,13 @@
 """The losses as modules: options at construction, tensors at the call."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, engines
 from .neighbour import snnl
+from .prepare import METRICS
 
 
 class SNNL(nn.Module):
@@ -12,8 +15,8 @@ class SNNL(nn.Module):
 
     Args:
         tau: temperature > 0, a number. With ``learnable`` it is where training starts; the parameter is ``log_tau``, so
-            that tau stays positive. Without, it is a buffer: ``module.tau.fill_(value)`` anneals it, also under
-            torch.compile and in checkpoints.
+            that tau stays positive. Without, it is a buffer in the default dtype. ``module.tau = value`` sets either, also
+            under torch.compile and in checkpoints: a tensor tau never compiles anew.
         learnable: whether tau is a parameter.
         metric, eps, focal, no_positive, class_weight, ignore_index, reduction, backend: as in :func:`pairloss.snnl`.
 
@@ -37,6 +40,12 @@ class SNNL(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        checks.choice("metric", metric, METRICS)
+        checks.choice("reduction", reduction, checks.REDUCTIONS)
+        checks.choice("no_positive", no_positive, checks.NO_POSITIVE)
+        checks.non_negative("eps", eps)
+        checks.non_negative("focal", focal)
+        engines.check_backend(backend)
         start = torch.tensor(checks.positive("tau", tau))
         self.log_tau = nn.Parameter(start.log()) if learnable else None
         self.register_buffer("_tau", None if learnable else start)
@@ -55,6 +64,15 @@ class SNNL(nn.Module):
     def tau(self) -> Tensor:
         """The temperature, a 0-dim tensor."""
         return self._tau if self.log_tau is None else self.log_tau.exp()  # type: ignore[return-value]
+
+    @tau.setter
+    def tau(self, value: float) -> None:
+        value = checks.positive("tau", value)
+        with torch.no_grad():
+            if self.log_tau is None:
+                self._tau.fill_(value)  # type: ignore[operator]
+            else:
+                self.log_tau.fill_(math.log(value))
 
     def forward(
         self,
@@ -76,6 +94,4 @@ class SNNL(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"tau={self.tau.item():.4g}, learnable={self.log_tau is not None}, " + ", ".join(
-            f"{k}={v!r}" for k, v in self.options.items()
-        )
+        return f"learnable={self.log_tau is not None}, " + ", ".join(f"{k}={v!r}" for k, v in self.options.items())

@@ -81,8 +81,8 @@ def row_stats(
 
     Deterministic: the same input on the same engine gives the same bits.
     """
-    backend = backend or engines.DEFAULT_BACKEND
     engines.check_backend(backend)
+    backend = backend or engines.DEFAULT_BACKEND
     _check(x, y, ids_x, ids_y, self_offset, row_bias, col_bias, score, both_sides)
     options = (score, m, gamma, both_sides, product_dtype or x.dtype, logit_bound)
     if backend == engines.REFERENCE:

@@ -20,6 +20,7 @@ class Rows(NamedTuple):
     col_bias: Tensor | None
     product_dtype: torch.dtype
     logit_bound: float
+    poison: Tensor  # [N], NaN for an anchor with a value that is not finite (or all, where tau is not > 0), else 0
 
 
 def prepare(
@@ -35,15 +36,13 @@ def prepare(
     scale = _inverse_sqrt(tau / 2 if metric == "sqeuclidean" else tau)
     x, row_bias = _cleared(features, ignored)
     y, col_bias = (None, None) if ref_features is None else _cleared(ref_features, ref_ignored)
-    if isinstance(scale, Tensor):
-        scale = scale.to(x.dtype)
-
     if metric == "cosine":
         bound = 1 / tau if isinstance(tau, float) else math.inf
-        return Rows(_unit(x) * scale, None if y is None else _unit(y) * scale, row_bias, col_bias, product_dtype, bound)
+        x = _unit(x) * scale
+        return Rows(x, None if y is None else _unit(y) * scale, row_bias, col_bias, product_dtype, bound, _poison(x))
 
-    x = _poisoned(x) * scale
-    y = None if y is None else _poisoned(y) * scale
+    x = _poisoned(x * scale, product_dtype)
+    y = None if y is None else _poisoned(y * scale, product_dtype)
     if metric == "sqeuclidean":
         # Distances don't move with the origin: near the data they lose fewer digits. (Ignored rows are zeros.)
         with torch.no_grad():
@@ -52,7 +51,7 @@ def prepare(
         x, row_bias = _with_half_square(x - centre, row_bias, product_dtype)
         if y is not None:
             y, col_bias = _with_half_square(y - centre, col_bias, product_dtype)
-    return Rows(x, y, row_bias, col_bias, product_dtype, math.inf)
+    return Rows(x, y, row_bias, col_bias, product_dtype, math.inf, _poison(x))
 
 
 def real_view(features: Tensor) -> Tensor:
@@ -90,8 +89,12 @@ def _unit(x: Tensor) -> Tensor:
     return torch.where(zero, 0, x / norm)
 
 
-def _poisoned(x: Tensor) -> Tensor:
-    finite = torch.isfinite(x).all(1, keepdim=True)
+def _poison(x: Tensor) -> Tensor:
+    return x.detach().sum(1) * 0  # what is not finite is NaN in all of the row already
+
+
+def _poisoned(x: Tensor, product_dtype: torch.dtype) -> Tensor:
+    finite = torch.isfinite(x.to(product_dtype)).all(1, keepdim=True)
     return x * torch.where(finite, 1, torch.nan)  # a factor, so that the row's gradient is NaN too
 
 
@@ -99,4 +102,6 @@ def _with_half_square(x: Tensor, bias: Tensor | None, product_dtype: torch.dtype
     """The rows and -|x|^2 / 2 of them as the product sees them: of unrounded rows, distances could come out negative."""
     rounded = x if product_dtype == x.dtype else x + (x.to(product_dtype).to(x.dtype) - x).detach()
     half_square = rounded.square().sum(1) / -2
+    # An overflow to -inf would take the row out of every set.
+    half_square = half_square * torch.where(half_square.isfinite(), 1, torch.nan)
     return rounded, half_square if bias is None else half_square + bias

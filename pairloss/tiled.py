@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .engines import Call, tile_size
+from .engines import Call, normalised, tile_size
 from .reference import same_id
 
 # One 512 x 512 float32 tile is 1 MiB: with its operands it stays in a core's L2. Elsewhere launches must be worth it.
@@ -29,8 +29,6 @@ LOG2E = math.log2(math.e)
 WIDTH = 55.0
 # Values this close to 0 need no shift at all.
 NO_SHIFT = 28.0
-# Up to here a float32 holds a log-sum to a quarter, enough to be a shift itself.
-LARGE = 2.0**22
 
 
 class Tile(NamedTuple):
@@ -50,7 +48,7 @@ def why_not(call: Call) -> str | None:
 
 
 def label_order_pays(call: Call) -> bool:
-    return min(call.x.shape[0], call.candidates.shape[0]) >= LABEL_ORDER_TILES * _tile(call) and call.x.device.type == "cpu"
+    return min(call.x.shape[0], call.candidates.shape[0]) >= LABEL_ORDER_TILES * _tile(call) and _on_host(call)
 
 
 def row_stats_fwd(call: Call) -> tuple[Tensor, Tensor]:
@@ -74,8 +72,8 @@ def row_stats_fwd(call: Call) -> tuple[Tensor, Tensor]:
                 rows.add(k, tile.i, shift, ek.sum(1))
                 if to_cols:
                     cols.add(k, tile.j, shift, ek.sum(0))
-    row_sums = rows.sums()
-    return row_sums, row_sums.new_empty(*row_sums.shape[:2], 0) if call.symmetric else cols.sums()
+    row_sums = normalised(rows.s, rows.m)
+    return row_sums, row_sums.new_empty(*row_sums.shape[:2], 0) if call.symmetric else normalised(cols.s, cols.m)
 
 
 def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: list[bool]) -> list[Tensor | None]:
@@ -138,8 +136,13 @@ def _shift(low: float, high: float) -> float | None:
     return (low + high) / 2 if high - low <= WIDTH else None
 
 
+def _on_host(call: Call) -> bool:
+    """Whether values may steer the program without waiting for a device."""
+    return call.x.device.type == "cpu"
+
+
 def _tile(call: Call) -> int:
-    return tile_size(CPU_TILE if call.x.device.type == "cpu" else DEVICE_TILE)
+    return tile_size(CPU_TILE if _on_host(call) else DEVICE_TILE)
 
 
 class _Pairs:
@@ -149,7 +152,7 @@ class _Pairs:
         self.call = call
         self.num_sets = call.num_sets
         self.tile = _tile(call)
-        self.host = call.x.device.type == "cpu"  # where values may steer the program without a device sync
+        self.host = _on_host(call)
         self.x = call.x.to(call.product_dtype).to(call.x.dtype).contiguous()
         self.y = self.x if call.y is None else call.y.to(call.product_dtype).to(call.x.dtype).contiguous()
         # Small logits leave the product in units of log2(e) already, large ones would lose digits to that rounding.
@@ -291,12 +294,6 @@ class _Sums:
         top = torch.where(total == 0, m, torch.maximum(m, torch.as_tensor(shift, dtype=m.dtype, device=m.device)))
         s.mul_((m - top).exp_()).add_(total * (shift - top).clamp_(max=0).exp_())
         m.copy_(top)
-
-    def sums(self) -> Tensor:
-        """[2, K, N], with m the log-sum itself where it can be."""
-        empty = self.s == 0
-        m = torch.where(empty, 0, torch.where(self.m.abs() < LARGE, self.m + self.s.log(), self.m))
-        return torch.stack([torch.where(empty, 0, self.s * (self.m - m).exp()), m])
 
 
 class _Weights:

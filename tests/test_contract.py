@@ -74,6 +74,16 @@ def test_compiles_to_one_graph_with_the_same_result(loss, option):
     torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad], ids=lambda mode: mode.__name__)
+def test_compiles_where_nothing_requires_a_gradient(mode):
+    torch.compiler.reset()
+    sample, _ = arguments("snnl", "cosine", 13, 5)
+    compiled = torch.compile(LOSSES["snnl"].function, fullgraph=True, backend="aot_eager")
+    with mode():
+        ours = compiled(**sample.differentiable, **sample.others)
+        torch.testing.assert_close(ours, LOSSES["snnl"].function(**sample.differentiable, **sample.others))
+
+
 def test_compiles_once_for_all_batch_sizes():
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")

@@ -6,15 +6,16 @@ import pytest
 import torch
 from conftest import DTYPES, INTERPRETED, RUNNABLE, TILED, TILES, Engine, assert_same_loss_and_gradients, skip_if_unable, tiles
 
+from pairloss import snnl, tiled
 from pairloss.testing import LOSSES, Sample
 
 pytestmark = pytest.mark.engines
 
-# (1, 1): no pairs. (2, 3): one pair. (33, 16): ragged at tiles of 4 and 16, every kind of tile. (40, 70): whole tiles of 4,
+# (1, 2): no pairs. (2, 3): one pair. (33, 16): ragged at tiles of 4 and 16, every kind of tile. (40, 70): whole tiles of 4,
 # rows longer than a tile; label order is on with tiles of 4. (70, 5): label order with tiles of 16.
-SHAPES = [(*shape, tile) for shape in [(1, 1), (2, 3), (33, 16), (40, 70), (70, 5)] for tile in TILES]
+SHAPES = [(*shape, tile) for shape in [(1, 2), (2, 3), (33, 16), (40, 70), (70, 5)] for tile in TILES]
 if INTERPRETED:  # takes milliseconds for each step of each tile: as few tiles as still are of every kind
-    SHAPES = [(1, 1, None), (18, 5, 4), (67, 16, 16), (70, 20, None)]
+    SHAPES = [(1, 2, None), (18, 5, 4), (67, 16, 16), (70, 20, None)]
 
 CASES = [(loss, option) for loss, spec in LOSSES.items() for option in spec.options]
 
@@ -105,6 +106,30 @@ def test_same_input_same_bits(engine, dtype):
         (loss, grads), (again, again_grads) = (sample.run(LOSSES["snnl"].function, backend=engine.name) for _ in range(2))
     assert torch.equal(loss, again)
     assert all(torch.equal(grads[name], again_grads[name]) for name in grads)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the tiled engine is tested without the interpreter")
+@pytest.mark.parametrize("tile", [4, None], ids=lambda tile: f"tile-{tile or 'shipped'}")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(("loss", "option"), CASES)
+def test_the_tiled_engine_without_looking_at_values(monkeypatch, loss, option, dtype, tile):
+    """As on a device whose values it must not wait for."""
+    monkeypatch.setattr(tiled, "_on_host", lambda call: False)
+    check(Engine("torch", "cpu"), loss, option, 33, 16, dtype, tile)
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e5, 1e8, 1e12])
+@pytest.mark.parametrize(("metric", "tau"), [("sqeuclidean", 1.0), ("sqeuclidean", 1e-8), ("dot", 0.01), ("dot", 1.0)])
+@pytest.mark.parametrize("engine", TILED, ids=lambda engine: "-".join(engine))
+def test_logits_of_any_size(engine, metric, tau, scale):
+    """Unscaled pixels at a small temperature: |z| far above 2^24, where float32 has no integers left."""
+    x = torch.randn(24, 16, generator=torch.Generator().manual_seed(0)) * scale
+    sample = Sample({"features": x}, {"labels": torch.arange(24) % 4, "tau": tau, "metric": metric})
+    truth = sample.to(torch.float64).run(snnl, backend="reference")
+    eager = sample.run(snnl, backend="reference")
+    with tiles(16):
+        ours = sample.on(engine.device).run(snnl, backend=engine.name)
+    assert_same_loss_and_gradients(sample, ours, truth, eager, torch.float32)
 
 
 def test_unwritten_memory_is_nan():

@@ -181,5 +181,5 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch):
 
 def test_the_default_backend_can_be_overridden(monkeypatch):
     monkeypatch.setattr(engines, "DEFAULT_BACKEND", "nonsense")
-    with pytest.raises(ValueError, match=r"backend: expected one of .*, got 'nonsense'"):
+    with pytest.raises(ValueError, match=r"PAIRLOSS_BACKEND: expected one of .*, got 'nonsense'"):
         row_stats(torch.zeros(3, 2))

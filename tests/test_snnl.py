@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import RUNNABLE, TILED, assert_rule, tiles
@@ -138,6 +139,38 @@ def test_what_is_not_finite_gives_nan_in_loss_and_gradient(engine, metric, bad, 
         with tiles(16):
             ignored = snnl(x, torch.where(torch.arange(20, device=engine.device) == 7, -1, labels), tau, metric=metric, ignore_index=-1)
         assert ignored.isfinite()
+
+
+@pytest.mark.engines
+@on_every_engine
+@pytest.mark.parametrize(
+    ("labels", "options"),
+    [([0], {}), ([0, 1], {}), ([0, 1], {"no_positive": "zero"}), ([0, 1, 1], {}), ([0, 1], {"eps": 1e-5})],
+    ids=["alone", "singletons", "singletons that count", "a singleton among others", "eps"],
+)
+def test_nan_in_an_anchor_without_positives_is_nan_too(engine, labels, options):
+    x = FOUR[: len(labels)].float().to(engine.device)
+    x[0, 1] = math.nan
+    x.requires_grad_()
+    loss = snnl(x, torch.tensor(labels, device=engine.device), 0.5, backend=engine.name, **options)
+    loss.backward()
+    assert loss.isnan()
+    assert x.grad[0].isnan().all()
+    assert snnl(x.detach().nan_to_num(), torch.tensor(labels, device=engine.device), torch.tensor(-1.0), backend=engine.name).isnan()
+
+
+@pytest.mark.parametrize("metric", ["dot", "sqeuclidean"])
+def test_rows_that_overflow_the_product_dtype_are_nan_and_do_not_vanish(metric):
+    x = FOUR.float() * torch.tensor([[1.0], [1.0], [1.0], [1e5]])
+    for tau in (0.01, 1.0):
+        with torch.autocast("cpu", torch.float16):
+            assert snnl(x, LABELS, tau, metric=metric).isnan()
+    assert snnl(FOUR.float() * torch.tensor([[1.0], [1.0], [1.0], [1e25]]), LABELS, 1.0, metric="sqeuclidean").isnan()
+
+
+def test_float64_features_stay_float64_with_a_float32_tau():
+    tau = torch.tensor(0.1)
+    torch.testing.assert_close(snnl(FOUR, LABELS, tau), snnl(FOUR, LABELS, tau.item()), rtol=1e-14, atol=0)
 
 
 @pytest.mark.engines
@@ -320,6 +353,9 @@ L = torch.tensor([0, 0, 1, 1])
         (ValueError, "reduction: expected one of 'mean', 'sum', 'none', got 'avg'", {"reduction": "avg"}),
         (ValueError, "backend: expected one of 'reference', 'triton', 'torch' or None, got 'jax'", {"backend": "jax"}),
         (TypeError, "ignore_index: expected an integer or None, got float", {"ignore_index": 1.0}),
+        (ValueError, "ignore_index: expected a 64-bit integer", {"ignore_index": 2**70}),
+        (TypeError, "features: expected a dense tensor, got layout torch.sparse_coo", {"features": X.to_sparse()}),
+        (TypeError, "weight: expected a real dtype, got torch.complex64", {"weight": torch.ones(4, dtype=torch.complex64)}),
         (ValueError, r"weight: expected shape \[4\]", {"weight": torch.ones(3)}),
         (TypeError, "weight: expected a torch.Tensor, got float", {"weight": 1.0}),
         (ValueError, r"class_weight: expected shape \[C\], one entry per class, got \[2, 2\]", {"class_weight": torch.ones(2, 2)}),
@@ -349,13 +385,28 @@ def test_a_backend_that_cannot_run_here_is_refused_with_its_reason():
         snnl(X, L, 0.1, backend="triton")
 
 
+def test_the_module_checks_its_options_and_sets_either_kind_of_tau():
+    for options in ({"metric": "l2"}, {"eps": -1.0}, {"reduction": "avg"}, {"tau": 0.0}, {"backend": "jax"}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}: expected"):
+            pairloss.nn.SNNL(**options)
+    for learnable in (False, True):
+        module = pairloss.nn.SNNL(0.3, learnable=learnable)
+        module.tau = 0.7
+        assert module.tau.item() == pytest.approx(0.7)
+        assert repr(module.to("meta"))
+
+
+def test_numpy_numbers_are_numbers():
+    assert torch.equal(snnl(X, L, np.float64(0.3), ignore_index=np.int64(5)), snnl(X, L, 0.3, ignore_index=5))
+
+
 def test_label_dtypes_and_the_module_give_the_same():
     expected = snnl(X, L, 0.3, metric="dot")
     for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.bool):
         assert torch.equal(snnl(X, L.to(dtype), 0.3, metric="dot"), expected)
     module = pairloss.nn.SNNL(0.3, metric="dot")
     torch.testing.assert_close(module(X, L), expected)
-    module.tau.fill_(1.0)
+    module.tau = 1.0
     torch.testing.assert_close(module(X, L), snnl(X, L, 1.0, metric="dot"))
     assert "metric='dot'" in repr(module)
     restored = pairloss.nn.SNNL(5.0, metric="dot")
