@@ -61,7 +61,8 @@ def real_view(features: Tensor) -> Tensor:
 
 def _product_dtype(features: Tensor) -> torch.dtype:
     device = features.device.type
-    if features.dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    # The meta device has no autocast and asking raises; so does asking whether there is one, under torch.compile in torch 2.6.
+    if features.dtype == torch.float32 and device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return features.dtype
 
