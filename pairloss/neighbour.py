@@ -64,7 +64,7 @@ def snnl(
         0-dim tensor, or [N] with reduction="none": float64 for float64 (complex128) features, else float32. If no anchor
         counts, 0, still connected to the graph. NaN or inf in a row that is not ignored gives NaN in loss and gradient,
         and so does a tensor tau <= 0 (a check would wait for the device). A row with a norm below 1e-12 is the zero
-        vector under "cosine", with gradient 0.
+        vector under "cosine", with gradient 0; one whose norm overflows float32 is NaN.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, device or range. RuntimeError: a backend that can't run.

@@ -446,3 +446,24 @@ def test_pairs_that_nobody_weighs_do_not_overflow(engine):
     snnl(x, torch.tensor([7, 8, 0, 1, 0, 1], device=engine.device), 1.0, metric="dot", backend=engine.name).backward()
     assert torch.isfinite(x.grad).all()
     assert x.grad[2:].abs().sum() > 0
+
+
+@pytest.mark.parametrize("metric", ["dot", "sqeuclidean"])
+def test_an_infinite_row_does_not_hide_behind_a_logit_of_minus_infinity(metric):
+    """In one column, -inf times what is positive is a logit of -inf: a candidate with weight 0."""
+    x = torch.tensor([[-math.inf], [1.0], [2.0], [3.0]], requires_grad=True)
+    losses = snnl(x, LABELS, 1.0, metric=metric, reduction="none")
+    losses.sum().backward()
+    assert losses.isnan().all()
+    assert x.grad.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounded_rows_have_no_distance_to_themselves(dtype):
+    """With |x|^2 of the unrounded rows, a row's logit with itself comes out far from 0."""
+    x = (torch.randn(20, 30, generator=torch.Generator().manual_seed(0)) + 3).requires_grad_()
+    with torch.autocast("cpu", dtype):
+        rows = pairloss.prepare.prepare(x, None, 0.1, "sqeuclidean", None, None)
+    rounded = rows.x.to(dtype).float()
+    assert rows.product_dtype == dtype
+    torch.testing.assert_close(rounded.square().sum(1) + 2 * rows.row_bias, torch.zeros(20), rtol=0, atol=1e-3)
