@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .reference import rounded
+
 METRICS = ("cosine", "dot", "sqeuclidean")
 ZERO_NORM = 1e-12
 
@@ -101,8 +103,8 @@ def _poisoned(x: Tensor, product_dtype: torch.dtype) -> Tensor:
 
 def _with_half_square(x: Tensor, bias: Tensor | None, product_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The rows and -|x|^2 / 2 of them as the product sees them: of unrounded rows, distances could come out negative."""
-    rounded = x if product_dtype == x.dtype else x + (x.to(product_dtype).to(x.dtype) - x).detach()
-    half_square = rounded.square().sum(1) / -2
+    x = rounded(x, product_dtype)
+    half_square = x.square().sum(1) / -2
     # An overflow to -inf would take the row out of every set.
     half_square = half_square * torch.where(half_square.isfinite(), 1, torch.nan)
-    return rounded, half_square if bias is None else half_square + bias
+    return x, half_square if bias is None else half_square + bias

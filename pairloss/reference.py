@@ -11,7 +11,7 @@ from .engines import Call, without_autocast
 
 def row_stats(call: Call) -> tuple[Tensor, Tensor]:
     """pairloss.ops.row_stats with the N x M matrix."""
-    x, y = (_rounded(rows, call.product_dtype) for rows in (call.x, call.candidates))
+    x, y = (rounded(rows, call.product_dtype) for rows in (call.x, call.candidates))
     with without_autocast(call):
         z = x @ y.T
     col_bias = call.row_bias if call.symmetric else call.col_bias
@@ -55,7 +55,7 @@ def masked_logsumexp(z: Tensor, mask: Tensor, dim: int) -> Tensor:
     return torch.where(empty, -torch.inf, torch.log(torch.where(empty, 1, total)) + top.squeeze(dim))
 
 
-def _rounded(rows: Tensor, dtype: torch.dtype) -> Tensor:
+def rounded(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows with the values they have in dtype, gradients unrounded."""
     return rows if dtype == rows.dtype else rows + (rows.to(dtype).to(rows.dtype) - rows).detach()
 
