@@ -1,19 +1,23 @@
 """The table of engines and the one place that chooses between them.
 
-An engine is a module with four functions; a new one is that module and a line in ENGINES:
+An engine is a module with six functions; a new one is that module and a line in ENGINES:
 
     why_not(call) -> str | None                                why it can't run this call, None if it can
     label_order_pays(call) -> bool                             whether rows sorted by label make it faster
     row_stats_fwd(call) -> (row_sums, col_sums)                sum of exp(z) over each set of each row (column)
     row_stats_bwd(call, row_weights, col_weights, needs)       from A_ij = the weight of the pair's set in row i (and in
         -> [dx, dy, drow_bias, dcol_bias]                      column j) times exp(z_ij); None where needs says so
+    pair_sum_fwd(call, over, term) -> sums [N]                 sum of term(z) over one set of each row
+    pair_sum_bwd(call, over, term, weights, needs)             from W_ij = weights_i term'(z_ij)
+        -> [dx, dy, drow_bias, dcol_bias]
 
-Sums and weights are [2, K, N] (columns: [2, K, M], M = 0 without both_sides): the sum is s e^m, the weight g e^-m. The pair
+In row_stats sums and weights are [2, K, N] (columns: [2, K, M], M = 0 without both_sides): the sum is s e^m, the weight g e^-m. The pair
 spans any temperature, and unlike a rounded logarithm of the sum it gives weights that add up to 1. An empty set has the sum
 0 e^0. A weight of 0 may come with any m, and its pairs with any logit.
 """
 
 import importlib
+import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -40,7 +44,7 @@ _tile_override: int | None = None
 
 @dataclass(frozen=True)
 class Call:
-    """What an engine is asked for: the arguments of pairloss.ops.row_stats, checked."""
+    """What an engine is asked for: the arguments of pairloss.ops.row_stats and pair_sum, checked."""
 
     x: Tensor
     y: Tensor | None
@@ -49,12 +53,13 @@ class Call:
     self_offset: int | None
     row_bias: Tensor | None
     col_bias: Tensor | None
-    score: str
-    m: float
-    gamma: float
-    both_sides: bool
     product_dtype: torch.dtype
-    logit_bound: float
+    cutoff: Tensor | None = None
+    score: str = "linear"
+    m: float = 0.0
+    gamma: float = 1.0
+    both_sides: bool = False
+    logit_bound: float = math.inf
 
     @property
     def symmetric(self) -> bool:

@@ -5,36 +5,73 @@ Used by the tests, the benchmarks and the docs, and by backend="reference"; neve
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid, relu
 
 from .engines import Call, without_autocast
 
 
 def row_stats(call: Call) -> tuple[Tensor, Tensor]:
     """pairloss.ops.row_stats with the N x M matrix."""
+    s = products(call)
+    positive, negative = sets(call)
+    if call.cutoff is not None:
+        negative = negative & ~(s < call.cutoff)
+    col_bias = call.row_bias if call.symmetric else call.col_bias
+    pos, neg = (biased(z, call.row_bias, col_bias) for z in scores(s, call))
+    masked = [(neg, negative)] if call.ids_x is None else [(pos, positive), (neg, negative)]
+    rows = torch.stack([masked_logsumexp(z, mask, 1) for z, mask in masked])
+    if call.both_sides:
+        return rows, torch.stack([masked_logsumexp(z, mask, 0) for z, mask in masked])
+    return rows, rows.new_empty(len(masked), 0)
+
+
+def pair_sum(call: Call, over: str, term: str) -> Tensor:
+    """pairloss.ops.pair_sum with the N x M matrix."""
+    z = biased(products(call), call.row_bias, call.col_bias)
+    mask = sets(call)[("positives", "negatives").index(over)]
+    if term == "softplus":
+        z = -logsigmoid(z) if over == "positives" else -logsigmoid(-z)
+    return torch.where(mask, z, 0).sum(1)
+
+
+def top_k(call: Call, k: int) -> Tensor:
+    """pairloss.ops.top_k with the N x M matrix."""
+    s = biased(products(call), None, call.col_bias).masked_fill(~sets(call)[1], -torch.inf)
+    best = s.sort(dim=1, descending=True, stable=True)
+    return torch.where(best.values == -torch.inf, -1, best.indices)[:, :k].int()
+
+
+def products(call: Call) -> Tensor:
     x, y = (rounded(rows, call.product_dtype) for rows in (call.x, call.candidates))
     with without_autocast(call):
-        z = x @ y.T
-    col_bias = call.row_bias if call.symmetric else call.col_bias
-    if call.row_bias is not None:
-        z = z + call.row_bias[:, None]
-    if col_bias is not None:
-        z = z + col_bias[None, :]
+        return x @ y.T
 
-    allowed = torch.ones_like(z, dtype=torch.bool)
+
+def scores(s: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """(score of a positive, score of a negative)."""
+    if call.score == "linear":
+        return s, s
+    # Sun et al. 2020, equation 6; how far a pair is from its optimum weighs it, held constant in the derivative.
+    pos = -call.gamma * relu(1 + call.m - s).detach() * (s - (1 - call.m))
+    neg = call.gamma * relu(s + call.m).detach() * (s - call.m)
+    return pos, neg
+
+
+def biased(z: Tensor, row_bias: Tensor | None, col_bias: Tensor | None) -> Tensor:
+    if row_bias is not None:
+        z = z + row_bias[:, None]
+    return z if col_bias is None else z + col_bias[None, :]
+
+
+def sets(call: Call) -> tuple[Tensor, Tensor]:
+    """[N, M] masks: candidates with the anchor's id, and the others (all, without ids); both without the pair left out."""
+    n, m = call.x.shape[0], call.candidates.shape[0]
+    allowed = torch.ones(n, m, dtype=torch.bool, device=call.x.device)
     if call.self_offset is not None:
-        anchor = torch.arange(x.shape[0], device=x.device)
-        candidate = torch.arange(y.shape[0], device=x.device)
+        anchor, candidate = (torch.arange(size, device=call.x.device) for size in (n, m))
         allowed = anchor[:, None] + call.self_offset != candidate[None, :]
-    if call.ids_x is None:
-        sets = [allowed]
-    else:
-        same = same_id(call.ids_x, call.candidate_ids)
-        sets = [allowed & same, allowed & ~same]
-
-    rows = torch.stack([masked_logsumexp(z, mask, 1) for mask in sets])
-    if call.both_sides:
-        return rows, torch.stack([masked_logsumexp(z, mask, 0) for mask in sets])
-    return rows, rows.new_empty(len(sets), 0)
+    same = torch.zeros_like(allowed) if call.ids_x is None else same_id(call.ids_x, call.candidate_ids)
+    return allowed & same, allowed & ~same
 
 
 def same_id(ids_x: Tensor, ids_y: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from .engines import Call, normalised, tile_size
 from .reference import same_id
@@ -31,6 +32,9 @@ WIDTH = 55.0
 NO_SHIFT = 28.0
 
 
+SETS = ("positives", "negatives")
+
+
 class Tile(NamedTuple):
     """Anchors [i0, i1) against candidates [j0, j1)."""
 
@@ -41,6 +45,14 @@ class Tile(NamedTuple):
     only: int | None  # the one set that all pairs belong to (0 = positives, 1 = negatives), None: mixed
     left_out: int | None  # which diagonal of the tile is left out
     mirrored: bool  # x against itself, off the diagonal: the tile stands for its transpose too
+
+
+class Role(NamedTuple):
+    """One side of a tile's pairs as the anchors of a pair sum."""
+
+    anchors: slice
+    dim: int  # over which their candidates lie
+    z: Tensor
 
 
 def why_not(call: Call) -> str | None:
@@ -57,7 +69,7 @@ def row_stats_fwd(call: Call) -> tuple[Tensor, Tensor]:
     cols = rows if call.symmetric else _Sums(pairs, call.candidates.shape[0] if call.both_sides else 0)
 
     for tile in pairs.tiles():
-        z = pairs.logits(tile)
+        z, _ = pairs.logits(tile)
         to_cols = tile.mirrored or call.both_sides
         shift = pairs.value_shift(z)
         pairs.leave_out(z, tile)
@@ -81,31 +93,79 @@ def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: l
     rows = _Weights(pairs, row_weights)
     cols = rows if call.symmetric else _Weights(pairs, col_weights) if call.both_sides else None
 
-    inputs = (call.x, call.y, call.row_bias, call.col_bias)
-    dx, dy, drow_bias, dcol_bias = (
-        torch.zeros_like(v, memory_format=torch.contiguous_format) if need and v is not None else None
-        for v, need in zip(inputs, needs, strict=True)
-    )
+    dx, dy, drow_bias, dcol_bias = _grads(call, needs)
     to_y, to_col_bias = (dx, drow_bias) if call.symmetric else (dy, dcol_bias)
 
     for tile in pairs.tiles():
-        z = pairs.logits(tile)
+        z, derivative = pairs.logits(tile)
         pairs.leave_out(z, tile)
-        w = _pair_weights(pairs, tile, z, rows, cols)
+        a = _pair_weights(pairs, tile, z, rows, cols)
         off_diagonal = tile.mirrored or not call.symmetric
+        if drow_bias is not None:
+            drow_bias[tile.i] += a.sum(1)
+        if to_col_bias is not None and off_diagonal:
+            to_col_bias[tile.j] += a.sum(0)
+        w = a if derivative is None else a.mul_(derivative)
         if dx is not None:
             dx[tile.i].addmm_(w, pairs.y[tile.j])
         if to_y is not None and off_diagonal:
             to_y[tile.j].addmm_(w.T, pairs.x[tile.i])
-        if drow_bias is not None:
-            drow_bias[tile.i] += w.sum(1)
-        if to_col_bias is not None and off_diagonal:
-            to_col_bias[tile.j] += w.sum(0)
     return [dx, dy, drow_bias, dcol_bias]
 
 
+def pair_sum_fwd(call: Call, over: str, term: str) -> Tensor:
+    pairs = _Pairs(call)
+    wanted = SETS.index(over)
+    sums = call.x.new_zeros(call.x.shape[0])
+    for tile in pairs.tiles(wanted):
+        for role in pairs.roles(tile):
+            values = _softplus(role.z, over) if term == "softplus" else role.z
+            sums[role.anchors] += pairs.only_(values, tile, wanted).sum(role.dim)
+    return sums
+
+
+def pair_sum_bwd(call: Call, over: str, term: str, weights: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    pairs = _Pairs(call)
+    wanted = SETS.index(over)
+    dx, dy, drow_bias, dcol_bias = _grads(call, needs)
+    to_y = dx if call.symmetric else dy
+    for tile in pairs.tiles(wanted):
+        total: Tensor | None = None
+        for role in pairs.roles(tile):
+            slope = _softplus_slope(role.z, over) if term == "softplus" else role.z.fill_(1)
+            w = pairs.only_(slope, tile, wanted).mul_(weights[role.anchors].unsqueeze(role.dim))
+            if drow_bias is not None:
+                drow_bias[role.anchors] += w.sum(role.dim)
+            total = w if total is None else total.add_(w)
+        assert total is not None
+        if dcol_bias is not None:
+            dcol_bias[tile.j] += total.sum(0)
+        if dx is not None:
+            dx[tile.i].addmm_(total, pairs.y[tile.j])
+        if to_y is not None:  # on the diagonal too: there, a tile is not its own transpose
+            to_y[tile.j].addmm_(total.T, pairs.x[tile.i])
+    return [dx, dy, drow_bias, dcol_bias]
+
+
+def _grads(call: Call, needs: list[bool]) -> list[Tensor | None]:
+    inputs = (call.x, call.y, call.row_bias, call.col_bias)
+    return [
+        torch.zeros_like(v, memory_format=torch.contiguous_format) if need and v is not None else None
+        for v, need in zip(inputs, needs, strict=True)
+    ]
+
+
+def _softplus(z: Tensor, over: str) -> Tensor:
+    """log(1 + e^-z) of positives, log(1 + e^z) of negatives; not functional.softplus, which is the identity from 20 on."""
+    return logsigmoid(z if over == "positives" else z.neg_()).neg_()
+
+
+def _softplus_slope(z: Tensor, over: str) -> Tensor:
+    return z.neg_().sigmoid_().neg_() if over == "positives" else z.sigmoid_()
+
+
 def _pair_weights(pairs: "_Pairs", tile: Tile, z: Tensor, rows: "_Weights", cols: "_Weights | None") -> Tensor:
-    """The row's weight times exp(z) plus the column's; may overwrite z. The score is linear, so W = A."""
+    """A: the row's weight times exp(z) plus the column's; may overwrite z."""
     sets = range(pairs.num_sets) if tile.only is None else [tile.only]
     shift = None
     if pairs.host:
@@ -161,11 +221,11 @@ class _Pairs:
         col_bias = call.row_bias if call.symmetric else call.col_bias
         self.row_bias, self.col_bias = (None if bias is None else bias * self.unit for bias in (call.row_bias, col_bias))
         self.ids_x, self.ids_y = self._ids()
-        self.buffers = self.x.new_empty(4, min(self.tile, len(self.x)) * min(self.tile, len(self.y)))
+        self.buffers = self.x.new_empty(4 if call.score == "linear" else 5, min(self.tile, len(self.x)) * min(self.tile, len(self.y)))
 
     def _bound(self) -> float:
         """Of |z|: what the caller vouches for, or |x| |y|, where looking is free."""
-        if not self.host or self.call.row_bias is not None or self.call.col_bias is not None:
+        if not self.host or self.call.row_bias is not None or self.call.col_bias is not None or self.call.score != "linear":
             return self.call.logit_bound
         longest = [torch.linalg.vector_norm(rows, dim=1).amax().item() for rows in ((self.x,) if self.call.symmetric else (self.x, self.y))]
         return longest[0] * longest[-1]
@@ -187,7 +247,8 @@ class _Pairs:
         highs = torch.stack([part.amax() for part in high.split(self.tile)]).tolist()
         return list(zip(lows, highs, strict=True))
 
-    def tiles(self) -> Iterator[Tile]:
+    def tiles(self, wanted: int | None = None) -> Iterator[Tile]:
+        """All tiles, or those that can hold pairs of the set `wanted`."""
         labelled = self.ids_x is not None and self.ids_x.ndim == 1 and self.host
         ranges_x = self.ranges(self.ids_x) if labelled else None  # type: ignore[arg-type]
         ranges_y = ranges_x if self.call.symmetric else self.ranges(self.ids_y) if labelled else None  # type: ignore[arg-type]
@@ -195,13 +256,15 @@ class _Pairs:
             for col, j in enumerate(self._slices(len(self.y))):
                 if self.call.symmetric and col < row:
                     continue
-                only: int | None = 0 if self.num_sets == 1 else None
+                only: int | None = None if self.num_sets == 2 else 0 if wanted is None else wanted
                 if ranges_x is not None and ranges_y is not None:
                     (low_x, high_x), (low_y, high_y) = ranges_x[row], ranges_y[col]
                     if high_x < low_y or high_y < low_x:
                         only = 1
                     elif low_x == high_x == low_y == high_y:
                         only = 0
+                if wanted is not None and only not in (None, wanted):
+                    continue
                 left_out = None if self.call.self_offset is None else self.call.self_offset + i.start - j.start
                 if left_out is not None and not i.start - i.stop < left_out < j.stop - j.start:
                     left_out = None
@@ -215,18 +278,77 @@ class _Pairs:
         rows, cols = tile.i.stop - tile.i.start, tile.j.stop - tile.j.start
         return self.buffers[number, : rows * cols].view(rows, cols)
 
-    def logits(self, tile: Tile) -> Tensor:
-        """z times the unit, in buffer 0."""
-        x, y, z = self.x[tile.i], self.y[tile.j], self.buffer(0, tile)
-        if self.col_bias is None:
-            torch.addmm(z, x, y.T, beta=0, alpha=self.unit, out=z)
-        else:
-            torch.addmm(self.col_bias[tile.j], x, y.T, alpha=self.unit, out=z)
+    def logits(self, tile: Tile) -> tuple[Tensor, Tensor | None]:
+        """(z times the unit in buffer 0, the derivative of the score in buffer 4 or None where that is 1)."""
+        derivative = None
+        if self.call.score == "linear" and self.call.cutoff is None:
+            z = self.product(tile, self.unit, self.col_bias)
+            if self.row_bias is not None:
+                z.add_(self.row_bias[tile.i, None])
+            self.make_symmetric(z, tile)
+            return z, None
+        z = self.product(tile)
+        self.make_symmetric(z, tile)
+        if self.call.cutoff is not None:
+            below = z < self.call.cutoff
+            if tile.only is None:
+                below &= self.same(tile) == 0
+            if tile.only != 0 or self.num_sets == 1:
+                z.masked_fill_(below, -math.inf)
+        if self.call.score == "circle":
+            z, derivative = self.circle_(z, tile)
+        if self.unit != 1:
+            z.mul_(self.unit)
         if self.row_bias is not None:
             z.add_(self.row_bias[tile.i, None])
+        if self.col_bias is not None:
+            z.add_(self.col_bias[tile.j])
+        return z, derivative
+
+    def product(self, tile: Tile, factor: float = 1.0, col_bias: Tensor | None = None) -> Tensor:
+        """<x_i, y_j> times the factor plus the bias, in buffer 0."""
+        x, y, out = self.x[tile.i], self.y[tile.j], self.buffer(0, tile)
+        if col_bias is None:
+            return torch.addmm(out, x, y.T, beta=0, alpha=factor, out=out)
+        return torch.addmm(col_bias[tile.j], x, y.T, alpha=factor, out=out)
+
+    def make_symmetric(self, z: Tensor, tile: Tile) -> None:
         if self.call.symmetric and not tile.mirrored:  # a product need not round z_ij and z_ji alike, but both stand for one pair
             z.copy_(torch.add(z, z.T, out=self.buffer(1, tile)).mul_(0.5))
-        return z
+
+    def circle_(self, s: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+        """(the circle score of s, over s; its derivative in buffer 4). Both are factor * (s - optimum) with the factor held."""
+        m, gamma = self.call.m, self.call.gamma
+
+        def factor(k: int, number: int) -> Tensor:
+            out = self.buffer(number, tile)
+            return (torch.sub(s, 1 + m, out=out).clamp_(max=0) if k == 0 else torch.add(s, m, out=out).clamp_(min=0)).mul_(gamma)
+
+        optimum = (1 - m, m)
+        if tile.only is not None:
+            derivative = factor(tile.only, 4)
+            return s.sub_(optimum[tile.only]).mul_(derivative), derivative
+        positive, derivative = factor(0, 1), factor(1, 4)
+        z = torch.sub(s, optimum[0], out=self.buffer(2, tile)).mul_(positive)
+        same = self.same(tile)
+        s.sub_(optimum[1]).mul_(derivative).lerp_(z, same)  # lerp takes either end exactly
+        return s, derivative.lerp_(positive, same)
+
+    def roles(self, tile: Tile) -> Iterator[Role]:
+        """The tile's pairs with the rows as anchors, and, where it stands for its transpose too, with the columns."""
+        s, bias = self.product(tile), self.call.row_bias
+        z = self.buffer(1, tile).copy_(s) if bias is None else torch.add(s, bias[tile.i, None], out=self.buffer(1, tile))
+        yield Role(tile.i, 1, z if self.call.col_bias is None else z.add_(self.call.col_bias[tile.j]))
+        if tile.mirrored:
+            yield Role(tile.j, 0, s if bias is None else s.add_(bias[tile.j]))
+
+    def only_(self, values: Tensor, tile: Tile, wanted: int) -> Tensor:
+        """The values with 0 at the pairs that are not in the set."""
+        if tile.only is None:
+            values.masked_fill_(self.same(tile) == wanted, 0)
+        if tile.left_out is not None:
+            values.diagonal(tile.left_out).fill_(0)
+        return values
 
     def leave_out(self, z: Tensor, tile: Tile) -> None:
         if tile.left_out is not None:

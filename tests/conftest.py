@@ -28,7 +28,7 @@ class Engine(NamedTuple):
 def _call(device: str, dtype: torch.dtype) -> engines.Call:
     x = torch.zeros(2, 2, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     ids = torch.zeros(2, device=device, dtype=torch.long)
-    return engines.Call(x, None, ids, None, 0, None, None, "linear", 0.0, 1.0, False, dtype, 1.0)
+    return engines.Call(x, None, ids, None, 0, None, None, dtype)
 
 
 def why_not(engine: Engine, dtype: torch.dtype = torch.float32) -> str | None:

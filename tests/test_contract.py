@@ -44,11 +44,13 @@ def test_gradcheck_of_the_reference(option):
 def op_calls():
     x, y = torch.randn(9, 4), torch.randn(7, 4)
     ids_x, ids_y = torch.arange(9) % 3, torch.arange(7) % 3
-    options = ("linear", 0.0, 1.0, False, torch.float32, 5.0, "torch")
+    options = (torch.float32, None, "linear", 0.0, 1.0, False, 5.0, "torch")
     yield "self", (x, None, ids_x, None, 0, None, None, *options)
     yield "self-bias", (x, None, None, None, 0, torch.randn(9), None, *options)
     yield "two", (x, y, ids_x, ids_y, None, torch.randn(9), torch.randn(7), *options)
-    yield "both-sides", (x, y, ids_x, ids_y, 2, None, torch.randn(7), "linear", 0.0, 1.0, True, torch.bfloat16, float("inf"), "torch")
+    options = (torch.bfloat16, torch.tensor(0.1), "linear", 0.0, 1.0, True, float("inf"), "torch")
+    yield "both-sides-cutoff", (x, y, ids_x, ids_y, 2, None, torch.randn(7), *options)
+    yield "circle", (x, None, ids_x, None, 0, None, None, torch.float32, None, "circle", 0.25, 32.0, False, float("inf"), "torch")
 
 
 @pytest.mark.parametrize(("name", "args"), list(op_calls()), ids=lambda v: v if isinstance(v, str) else "")
@@ -60,9 +62,21 @@ def test_opcheck_forward(name, args):
 def test_opcheck_backward(name, args):
     *_, row_sums, col_sums = torch.ops.pairloss.row_stats(*args)
     needs = [isinstance(args[i], torch.Tensor) for i in (0, 1, 5, 6)]
-    torch.library.opcheck(
-        torch.ops.pairloss.row_stats_backward.default, (*args, torch.ones_like(row_sums), torch.ones_like(col_sums), needs)
-    )
+    # s e^m as weights g e^-m: whatever, as long as nothing overflows
+    torch.library.opcheck(torch.ops.pairloss.row_stats_backward.default, (*args, row_sums, col_sums, needs))
+
+
+@pytest.mark.parametrize("over", ["positives", "negatives"])
+def test_opcheck_of_the_other_ops(over):
+    x, y = torch.randn(9, 4), torch.randn(7, 4)
+    pairs = (x, y, torch.arange(9) % 3, torch.arange(7) % 3, None, torch.randn(9), torch.randn(7), torch.float32)
+    ops = torch.ops.pairloss
+    torch.library.opcheck(ops.pair_sum.default, (*pairs, over, "softplus", "torch"))
+    torch.library.opcheck(ops.pair_sum_backward.default, (*pairs, over, "softplus", "torch", torch.randn(9), [True] * 4))
+    torch.library.opcheck(ops.top_k.default, (*pairs, 3))
+    index = ops.top_k(*pairs, 3)
+    torch.library.opcheck(ops.selected_products.default, (x, y, index, torch.float32))
+    torch.library.opcheck(ops.selected_products_backward.default, (x, y, index, torch.float32, torch.randn(9, 3), [True, True]))
 
 
 @pytest.mark.parametrize(("loss", "option"), CASES)

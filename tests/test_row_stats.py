@@ -39,6 +39,14 @@ def arguments(n: int, m: int, option: str) -> tuple[dict[str, torch.Tensor | Non
     others["both_sides"] = "both-sides" in option
     if "far" in option:  # statistics hundreds of nats apart within a tile
         differentiable["x"] = differentiable["x"] * torch.logspace(0, 1.2, n, dtype=torch.float64)[:, None]
+    if "circle" in option:
+        differentiable |= {name: torch.nn.functional.normalize(differentiable[name]) for name in ("x", "y")[: 1 + two_sets]}
+        others |= {"score": "circle", "m": 0.25, "gamma": 256.0 if "256" in option else 8.0}
+    if "cutoff" in option:  # in the widest gap between products, so that no rounding moves a pair across
+        x, y = differentiable["x"], differentiable["y"]
+        s = (x @ (y if two_sets else x).T).flatten().sort().values[n:-n]
+        gap = s.diff().argmax()
+        others["cutoff"] = (s[gap] + s[gap + 1]) / 2
     return differentiable, others
 
 
@@ -46,12 +54,16 @@ OPTIONS = [
     *("self", "self-no-ids", "self-bias", "self-words", "self-far", "self-far-bias"),
     *("two", "two-no-ids", "two-bias", "two-words", "two-offset", "two-far-bias"),
     *("two-both-sides", "two-both-sides-bias-offset", "two-no-ids-both-sides", "two-far-both-sides-bias"),
+    *("self-circle", "self-circle-256", "self-circle-bias", "self-circle-words", "two-circle-256-both-sides-bias", "two-circle-offset"),
+    *("self-cutoff", "two-cutoff", "two-cutoff-words", "two-no-ids-cutoff-offset-both-sides", "two-no-ids-cutoff-bias"),
 ]
 
 
 def run(differentiable, others, dtype, device, backend):
     leaves = {k: None if v is None else v.to(device, dtype).detach().requires_grad_() for k, v in differentiable.items()}
     moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in others.items()}
+    if "cutoff" in moved:
+        moved["cutoff"] = moved["cutoff"].to(dtype)
     outputs = row_stats(**leaves, **moved, backend=backend)
     # exp(stat - its constant) weighs every statistic, and an empty set (-inf) with 0.
     total = sum(
@@ -89,7 +101,7 @@ def test_statistics_and_gradients(engine, option, dtype, tile):
 
 
 @pytest.mark.parametrize("tile", [4, 16, None], ids=lambda tile: f"tile-{tile or 'shipped'}")
-@pytest.mark.parametrize("option", [option for option in OPTIONS if "bias" not in option])
+@pytest.mark.parametrize("option", [option for option in OPTIONS if "bias" not in option and "circle" not in option])
 def test_gradcheck_through_the_tiles(option, tile):
     differentiable, others = arguments(9, 7, option)
     names = [name for name, v in differentiable.items() if v is not None]
@@ -164,7 +176,9 @@ def test_only_wanted_gradients_are_computed(monkeypatch):
         ({"self_offset": 1}, "y=None: expected"),
         ({"y": torch.zeros(4, 2), "ids_x": torch.zeros(3)}, "ids_x, ids_y: expected both or neither"),
         ({"row_bias": torch.zeros(2)}, r"row_bias: expected one entry per row, got shape \[2\]"),
-        ({"score": "angular"}, r"score: expected one of \('linear',\), got 'angular'"),
+        ({"score": "angular"}, r"score: expected one of \('linear', 'circle'\), got 'angular'"),
+        ({"score": "circle"}, "score='circle': expected ids_x and cutoff=None"),
+        ({"col_bias": torch.zeros(3)}, "y=None: expected col_bias=None and both_sides=False"),
         ({"backend": "numpy"}, "backend: expected one of 'reference', 'triton', 'torch' or None, got 'numpy'"),
     ],
 )

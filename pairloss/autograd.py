@@ -1,0 +1,223 @@
+"""The torch.library ops behind pairloss.ops: implementations that call the chosen engine, fake kernels, derivatives.
+
+Each op has a backward op, and a torch.autograd.Function ties the two together: torch.library.register_autograd lacks
+torch.func (docs/design.md). The engine is chosen inside the op: at trace time, torch.compile would guard N and recompile.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import engines, selection
+from .engines import Call
+from .order import LabelOrder
+
+_library = torch.library.Library("pairloss", "DEF")
+
+# Which pairs are compared.
+_PAIRS = "Tensor x, Tensor? y, Tensor? ids_x, Tensor? ids_y, int? self_offset, Tensor? row_bias, Tensor? col_bias, ScalarType product_dtype"
+_NUM_PAIRS = _PAIRS.count(",") + 1
+_DIFFERENTIABLE = (0, 1, 5, 6)  # x, y, row_bias, col_bias
+# And how, in the order of Call's fields.
+_ROW_STATS = f"{_PAIRS}, Tensor? cutoff, str score, float m, float gamma, bool both_sides, float logit_bound, str? backend"
+_PAIR_SUM = f"{_PAIRS}, str over, str term, str? backend"
+_SELECTED = "Tensor x, Tensor y, Tensor index, ScalarType product_dtype"
+
+# row_sums and col_sums are for the backward pass: what the statistics are the logarithms of.
+_library.define(f"row_stats({_ROW_STATS}) -> (Tensor rows, Tensor cols, Tensor row_sums, Tensor col_sums)")
+_library.define(f"row_stats_backward({_ROW_STATS}, Tensor row_weights, Tensor col_weights, bool[] needs) -> Tensor[]")
+_library.define(f"pair_sum({_PAIR_SUM}) -> Tensor")
+_library.define(f"pair_sum_backward({_PAIR_SUM}, Tensor weights, bool[] needs) -> Tensor[]")
+_library.define(f"top_k({_PAIRS}, int k) -> Tensor")
+_library.define(f"selected_products({_SELECTED}) -> Tensor")
+_library.define(f"selected_products_backward({_SELECTED}, Tensor weights, bool[] needs) -> Tensor[]")
+
+
+def _row_stats(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *call_args, backend = args
+    call = Call(*call_args)
+    engine = engines.choose(call, backend)
+    with engines.without_autocast(call):
+        order = LabelOrder(call, engine)
+        row_sums, col_sums = engine.row_stats_fwd(order.call)
+        row_sums, col_sums = order.unordered_rows(row_sums, 2), order.unordered_cols(col_sums, 2)
+        return _log(row_sums), _log(col_sums), row_sums, col_sums
+
+
+def _log(sums: Tensor) -> Tensor:
+    s, m = sums
+    return s.log() + m
+
+
+def _row_stats_backward(*args: Any) -> list[Tensor]:
+    *call_args, backend, row_weights, col_weights, needs = args
+    call = Call(*call_args)
+    engine = engines.choose(call, backend)
+    with engines.without_autocast(call):
+        order = LabelOrder(call, engine)
+        grads = engine.row_stats_bwd(order.call, order.rows(row_weights), order.cols(col_weights), needs)
+        return _needed(order.unordered_grads(*grads), needs)
+
+
+def _weights(sums: Tensor, grad: Tensor) -> Tensor:
+    """grad * exp(z - log sum) = (grad / s) e^-m * exp(z)."""
+    s, m = sums
+    return torch.stack([torch.where(s == 0, 0, grad / s), m])
+
+
+def _pair_sum(*args: Any) -> Tensor:
+    *pairs, over, term, backend = args
+    call = Call(*pairs)
+    engine = engines.choose(call, backend)
+    with engines.without_autocast(call):
+        order = LabelOrder(call, engine)
+        return order.unordered_rows(engine.pair_sum_fwd(order.call, over, term), 0)
+
+
+def _pair_sum_backward(*args: Any) -> list[Tensor]:
+    *pairs, over, term, backend, weights, needs = args
+    call = Call(*pairs)
+    engine = engines.choose(call, backend)
+    with engines.without_autocast(call):
+        order = LabelOrder(call, engine)
+        grads = engine.pair_sum_bwd(order.call, over, term, order.rows(weights), needs)
+        return _needed(order.unordered_grads(*grads), needs)
+
+
+def _top_k(*args: Any) -> Tensor:
+    *pairs, k = args
+    call = Call(*pairs)
+    with engines.without_autocast(call):
+        return selection.top_k(call, k)
+
+
+def _needed(grads: list[Tensor | None], needs: list[bool]) -> list[Tensor]:
+    return [grad for grad, need in zip(grads, needs, strict=True) if need and grad is not None]
+
+
+def _row_stats_fake(*args: Any) -> tuple[Tensor, ...]:
+    call = Call(*args[:-1])
+    n, m = call.x.shape[0], call.candidates.shape[0] if call.both_sides else 0
+    return tuple(
+        call.x.new_empty(shape) for shape in ((call.num_sets, n), (call.num_sets, m), (2, call.num_sets, n), (2, call.num_sets, m))
+    )
+
+
+def _fake_grads(inputs: list[Tensor], needs: list[bool]) -> list[Tensor]:
+    return [torch.empty_like(v, memory_format=torch.contiguous_format) for v, need in zip(inputs, needs, strict=True) if need]
+
+
+def _fake_backward(*args: Any) -> list[Tensor]:
+    return _fake_grads([args[i] for i in _DIFFERENTIABLE], args[-1])
+
+
+_IMPLEMENTATIONS = {
+    "row_stats": (_row_stats, _row_stats_fake),
+    "row_stats_backward": (_row_stats_backward, _fake_backward),
+    "pair_sum": (_pair_sum, lambda x, *_: x.new_empty(x.shape[0])),
+    "pair_sum_backward": (_pair_sum_backward, _fake_backward),
+    "top_k": (_top_k, lambda *args: args[0].new_empty(args[0].shape[0], args[-1], dtype=torch.int32)),
+    "selected_products": (selection.products, lambda x, y, index, _: x.new_empty(index.shape)),
+    "selected_products_backward": (selection.products_backward, lambda *args: _fake_grads([args[0], args[1]], args[-1])),
+}
+for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pairloss::{_name}", _fake, lib=_library)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], *more: Tensor) -> None:
+    ctx.save_for_backward(*(v for v in inputs if isinstance(v, Tensor)), *more)
+    ctx.inputs = [None if isinstance(v, Tensor) else v for v in inputs]
+    ctx.is_tensor = [isinstance(v, Tensor) for v in inputs]
+
+
+def _saved(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
+    """(the inputs, what was saved besides)."""
+    saved = iter(ctx.saved_tensors)
+    inputs = [next(saved) if is_tensor else v for v, is_tensor in zip(ctx.inputs, ctx.is_tensor, strict=True)]
+    return inputs, tuple(saved)
+
+
+def _backward(ctx: Any, op: Any, differentiable: tuple[int, ...], args: list[Any]) -> tuple[Tensor | None, ...]:
+    needs = [ctx.needs_input_grad[i] for i in differentiable]
+    # Compiled graphs refuse second derivatives by themselves, and dynamo doesn't trace a Function within a Function.
+    grads = iter(op(*args, needs) if torch.compiler.is_compiling() else _Once.apply(op, *args, needs))
+    result: list[Tensor | None] = [None] * len(ctx.inputs)
+    for i, need in zip(differentiable, needs, strict=True):
+        if need:
+            result[i] = next(grads)
+    return tuple(result)
+
+
+# Each parameter by name: dynamo takes *args for a forward with ctx and fails where nothing requires a gradient.
+class RowStats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, y: Any, ids_x: Any, ids_y: Any, self_offset: Any, row_bias: Any, col_bias: Any, product_dtype: torch.dtype,
+        cutoff: Any, score: str, m: float, gamma: float, both_sides: bool, logit_bound: float, backend: Any,
+    ) -> Any:  # fmt: skip
+        return torch.ops.pairloss.row_stats(
+            x, y, ids_x, ids_y, self_offset, row_bias, col_bias, product_dtype, cutoff, score, m, gamma, both_sides, logit_bound, backend
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[2:])
+        _save(ctx, inputs, *output[2:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_rows: Tensor, grad_cols: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        inputs, (row_sums, col_sums) = _saved(ctx)
+        weights = [_weights(row_sums, grad_rows), _weights(col_sums, grad_cols)]
+        return _backward(ctx, torch.ops.pairloss.row_stats_backward, _DIFFERENTIABLE, inputs + weights)
+
+
+class PairSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, y: Any, ids_x: Any, ids_y: Any, self_offset: Any, row_bias: Any, col_bias: Any, product_dtype: torch.dtype,
+        over: str, term: str, backend: Any,
+    ) -> Any:  # fmt: skip
+        return torch.ops.pairloss.pair_sum(x, y, ids_x, ids_y, self_offset, row_bias, col_bias, product_dtype, over, term, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _save(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, torch.ops.pairloss.pair_sum_backward, _DIFFERENTIABLE, [*_saved(ctx)[0], grad])
+
+
+class SelectedProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, y: Tensor, index: Tensor, product_dtype: torch.dtype) -> Any:
+        return torch.ops.pairloss.selected_products(x, y, index, product_dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _save(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, torch.ops.pairloss.selected_products_backward, (0, 1), [*_saved(ctx)[0], grad])
+
+
+class _Once(torch.autograd.Function):
+    """A backward op, with no derivative of its own."""
+
+    @staticmethod
+    def forward(op: Any, *args: Any) -> tuple[Tensor, ...]:
+        return tuple(op(*args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            "pairloss: second derivatives are not implemented by the fused engines; "
+            "backend='reference' has them, at the cost of the N x N matrix"
+        )

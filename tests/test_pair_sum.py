@@ -1,0 +1,99 @@
+"""The second form of the primitive, sums over pairs, against the reference in float64."""
+
+import pytest
+import torch
+from conftest import INTERPRETED, TILED, TILES, assert_rule, skip_if_unable, tiles
+
+from pairloss.ops import pair_sum
+
+D = 6
+OPTIONS = [
+    *("self", "self-bias", "self-words", "self-no-ids-bias", "two", "two-bias", "two-words", "two-offset", "two-offset-bias"),
+    *("two-no-ids", "two-no-ids-offset-bias", "two-infinite-bias"),
+]
+OVER = ("positives", "negatives")
+CASES = [(option, over) for option in OPTIONS for over in OVER if "no-ids" not in option or over == "negatives"]
+
+
+def arguments(n: int, m: int, option: str, over: str):
+    generator = torch.Generator().manual_seed(n + m)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return 3 * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    two_sets = option.startswith("two")
+    differentiable = {"x": randn(n, D), "y": randn(m, D) if two_sets else None, "row_bias": None, "col_bias": None}
+    others: dict[str, object] = {"over": over}
+    if "no-ids" not in option:
+        others["ids_x"] = torch.randint(0, 3, (n,), generator=generator)
+        others["ids_y"] = torch.randint(0, 3, (m,), generator=generator) if two_sets else None
+    if "words" in option:
+        others |= {k: 1 << torch.randint(0, 9, (len(v), 2), generator=generator) for k, v in others.items() if isinstance(v, torch.Tensor)}
+    if "bias" in option:
+        differentiable["row_bias"] = randn(n)
+        if two_sets:
+            differentiable["col_bias"] = randn(m)
+    if "infinite" in option:
+        for name in ("row_bias", "col_bias"):
+            differentiable[name][::4] = torch.inf if over == "positives" else -torch.inf
+    if "offset" in option or not two_sets:
+        others["self_offset"] = 3 if two_sets else 0
+    return differentiable, others
+
+
+def run(differentiable, others, dtype, device, backend, term):
+    leaves = {k: None if v is None else v.to(device, dtype).detach().requires_grad_() for k, v in differentiable.items()}
+    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in others.items()}
+    sums = pair_sum(**leaves, **moved, term=term, backend=backend)
+    wanted = {k: v for k, v in leaves.items() if v is not None}
+    weights = torch.linspace(0.5, 1, len(sums), device=device, dtype=dtype)
+    return sums.detach(), dict(zip(wanted, torch.autograd.grad(sums @ weights, list(wanted.values())), strict=True))
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"tile-{tile or 'shipped'}")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("term", ["softplus", "linear"])
+@pytest.mark.parametrize(("option", "over"), CASES)
+@pytest.mark.parametrize("engine", TILED, ids=lambda engine: "-".join(engine))
+def test_sums_and_gradients(engine, option, over, term, dtype, tile):
+    if "infinite" in option and term == "linear":
+        pytest.skip("infinite biases have no linear sum")
+    if "words" in option and engine.name == "triton":
+        pytest.skip("triton does not serve multi-hot words")
+    skip_if_unable(engine, dtype)
+    differentiable, others = arguments(*((14, 11) if INTERPRETED and tile == 4 else (37, 29)), option, over)
+    truth = run(differentiable, others, torch.float64, "cpu", "reference", term)
+    eager = run(differentiable, others, dtype, "cpu", "reference", term)
+    with tiles(tile):
+        ours = run(differentiable, others, dtype, engine.device, engine.name, term)
+    assert_rule("sums", ours[0], truth[0], eager[0], dtype)
+    for name, grad in ours[1].items():
+        assert_rule(f"gradient of {name}", grad, truth[1][name], eager[1][name], dtype)
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"tile-{tile or 'shipped'}")
+@pytest.mark.parametrize(("option", "over"), [case for case in CASES if "infinite" not in case[0]])
+def test_gradcheck_through_the_tiles(option, over, tile):
+    differentiable, others = arguments(9, 7, option, over)
+    names = [name for name, v in differentiable.items() if v is not None]
+
+    def function(*values):
+        return pair_sum(**dict(zip(names, values, strict=True)), **others, backend="torch")
+
+    with tiles(tile):
+        assert torch.autograd.gradcheck(function, [differentiable[name].requires_grad_() for name in names])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"over": "both"}, r"over: expected one of \('positives', 'negatives'\)"),
+        ({"over": "positives"}, "'positives' with ids_x"),
+        ({"over": "negatives", "term": "hinge"}, r"term: expected one of \('softplus', 'linear'\), got 'hinge'"),
+        ({"over": "negatives", "col_bias": torch.zeros(3)}, "y=None: expected col_bias=None"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(changed, message):
+    with pytest.raises(ValueError, match=message):
+        pair_sum(torch.zeros(3, 2), **changed)
