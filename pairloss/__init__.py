@@ -1,7 +1,27 @@
-"""Fused pairwise losses for PyTorch: the N x N matrix never exists."""
+"""Fused pairwise losses: soft nearest neighbour, contrastive and circle loss without the N x N matrix."""
 
 from . import nn, testing
-from .neighbour import snnl
+from .contrastive import contrastive, nt_xent, simple_contrastive
+from .image_text import clip, siglip
+from .metrics import alignment, tolerance, uniformity
+from .neighbour import entanglement, snnl
+from .supervised import circle, flatten_views, supcon
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "nn", "snnl", "testing"]
+__all__ = [
+    "alignment",
+    "circle",
+    "clip",
+    "contrastive",
+    "entanglement",
+    "flatten_views",
+    "nn",
+    "nt_xent",
+    "siglip",
+    "simple_contrastive",
+    "snnl",
+    "supcon",
+    "testing",
+    "tolerance",
+    "uniformity",
+]

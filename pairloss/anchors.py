@@ -1,16 +1,70 @@
-"""What every labelled loss does with its per-anchor losses, O(N): weights, ignored anchors, reduction."""
+"""What losses share before and after the pairs, O(N): labels, weights, ignored anchors, reduction."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks
+from .prepare import loss_dtype, real_view
 
 
-def check_options(
-    features: Tensor, weight: Tensor | None, class_weight: Tensor | None, ignore_index: int | None, reduction: str, no_positive: str
-) -> None:
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.choice("no_positive", no_positive, checks.NO_POSITIVE)
+class Labelled(NamedTuple):
+    """The checked arguments of a labelled loss."""
+
+    features: Tensor
+    ids: Tensor  # [N] labels or [N, W] words of multi-hot ones
+    ref_features: Tensor | None
+    ref_ids: Tensor | None
+    ignored: Tensor | None  # bool [N]
+    ref_ignored: Tensor | None
+    weight: Tensor | None
+    dtype: torch.dtype  # of the statistics and the loss
+
+    @property
+    def self_offset(self) -> int | None:
+        return 0 if self.ref_features is None else None
+
+
+def labelled(
+    features: Tensor,
+    labels: Tensor,
+    ref_features: Tensor | None,
+    ref_labels: Tensor | None,
+    weight: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int | None,
+) -> Labelled:
+    checks.features("features", features)
+    checks.labels("labels", labels, features)
+    if (ref_features is None) != (ref_labels is None):
+        given, missing = ("ref_labels", "ref_features") if ref_features is None else ("ref_features", "ref_labels")
+        raise ValueError(f"{missing}: expected together with {given}, got None")
+    if ref_features is not None and ref_labels is not None:
+        checks.features("ref_features", ref_features, like=features)
+        checks.labels("ref_labels", ref_labels, ref_features)
+        if ref_labels.shape[1:] != labels.shape[1:]:
+            raise ValueError(f"ref_labels: expected shape [M, {', '.join(map(str, labels.shape[1:]))}], got {list(ref_labels.shape)}")
+        ref_features = real_view(ref_features)
+    _check_weights(features, weight, class_weight, ignore_index)
+    if labels.ndim == 2 and (class_weight is not None or ignore_index is not None):
+        raise ValueError("class_weight, ignore_index: expected None with multi-hot labels; use weight")
+    ignored, ref_ignored = (None if ignore_index is None or v is None else v == ignore_index for v in (labels, ref_labels))
+    dtype = loss_dtype(features)
+    weight = weights(labels, weight, class_weight, ignored, dtype)
+    ref_ids = None if ref_labels is None else _ids(ref_labels)
+    return Labelled(real_view(features), _ids(labels), ref_features, ref_ids, ignored, ref_ignored, weight, dtype)
+
+
+def _ids(labels: Tensor) -> Tensor:
+    """Labels as int64; multi-hot ones as words of 64 classes."""
+    if labels.ndim == 1:
+        return labels.long()
+    bits = torch.nn.functional.pad((labels != 0).long(), (0, -labels.shape[1] % 64)).unflatten(1, (-1, 64))
+    return (bits << torch.arange(64, device=labels.device)).sum(2)
+
+
+def _check_weights(features: Tensor, weight: Tensor | None, class_weight: Tensor | None, ignore_index: int | None) -> None:
     if weight is not None:
         checks.per_row("weight", weight, features)
     if class_weight is not None:
@@ -18,11 +72,9 @@ def check_options(
         if class_weight.ndim != 1 or class_weight.shape[0] == 0:
             raise ValueError(f"class_weight: expected shape [C], one entry per class, got {list(class_weight.shape)}")
         checks.same_device("class_weight", class_weight, features)
-    if ignore_index is not None:
-        checks.integer("ignore_index", ignore_index)
     for name, value in (("weight", weight), ("class_weight", class_weight)):
-        if value is not None and value.is_complex():
-            raise TypeError(f"{name}: expected a real dtype, got {value.dtype}")
+        if value is not None:
+            checks.real(name, value)
 
 
 def weights(
@@ -49,8 +101,10 @@ def weights(
     return of_class if result is None else result * of_class
 
 
-def reduce(losses: Tensor, counts: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+def reduce(losses: Tensor, counts: Tensor, weight: Tensor | None, reduction: str, ignored: Tensor | None = None) -> Tensor:
     """none: w_i l_i, 0 where the anchor doesn't count. sum: their sum. mean: sum(w l) / sum(w) over anchors that count, 0 if none does."""
+    if ignored is not None:
+        counts = counts & ~ignored
     weighted = torch.where(counts, losses if weight is None else weight * losses, 0)
     if reduction == "none":
         return weighted
@@ -59,3 +113,9 @@ def reduce(losses: Tensor, counts: Tensor, weight: Tensor | None, reduction: str
         return total
     share = counts.sum().to(losses.dtype) if weight is None else torch.where(counts, weight, 0).sum()
     return total / torch.where(share == 0, 1, share)
+
+
+def reduce_all(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """reduce, where every anchor counts."""
+    weight = None if weight is None else weight.to(losses.dtype)
+    return reduce(losses, torch.ones_like(losses, dtype=torch.bool), weight, reduction)

@@ -1,64 +1,67 @@
 """The losses as modules: options at construction, tensors at the call."""
 
+import inspect
 import math
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from . import checks, engines
-from .neighbour import snnl
-from .prepare import METRICS
+from . import checks, contrastive, image_text, metrics, neighbour, supervised
 
 
-class SNNL(nn.Module):
-    """:func:`pairloss.snnl` as a module.
+class _Loss(nn.Module):
+    """A loss function as a module. Its options, by their names and defaults, are the module's; its tensors come with the call."""
 
-    Args:
-        tau: temperature > 0, a number. With ``learnable`` it is where training starts; the parameter is ``log_tau``, so
-            that tau stays positive. Without, it is a buffer in the default dtype. ``module.tau = value`` sets either, also
-            under torch.compile and in checkpoints: a tensor tau never compiles anew.
-        learnable: whether tau is a parameter.
-        metric, eps, focal, no_positive, class_weight, ignore_index, reduction, backend: as in :func:`pairloss.snnl`.
+    function: ClassVar[Callable[..., Tensor]]
+    buffer: ClassVar[str | None] = None  # a tensor among the options
+    own: ClassVar[tuple[str, ...]] = ()  # options of the module itself
 
-    Shape:
-        features [N, D], labels [N], optionally ref_features [M, D], ref_labels [M], weight [N]; returns a 0-dim tensor, or
-        [N] with reduction="none".
+    def __init_subclass__(cls) -> None:
+        if not hasattr(cls, "function"):
+            return
+        given = inspect.signature(cls.function).parameters.values()
+        own = [v for name, v in inspect.signature(cls.__init__).parameters.items() if name in cls.own]
+        options = [v.replace(kind=v.KEYWORD_ONLY) for v in given if v.name in checks.OPTIONS or v.name == cls.buffer]
+        cls.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        bound = inspect.signature(type(self)).replace(parameters=self._parameters_of_function()).bind(**options)
+        bound.apply_defaults()
+        self.options = dict(bound.arguments)
+        if self.buffer is not None:
+            self.register_buffer(self.buffer, self.options.pop(self.buffer))
+        checks.options(**self.options)
+
+    def _parameters_of_function(self) -> list[inspect.Parameter]:
+        return [v for name, v in inspect.signature(type(self)).parameters.items() if name not in self.own]
+
+    def forward(self, *tensors: Tensor, **more: Tensor | None) -> Tensor:
+        if self.buffer is not None:
+            more[self.buffer] = getattr(self, self.buffer)
+        return type(self).function(*tensors, **more, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+
+
+class _TemperatureLoss(_Loss):
+    """A loss with a temperature.
+
+    tau > 0, a number: with ``learnable`` where training starts, the parameter being ``log_tau``, so that tau stays positive;
+    without, a buffer in the default dtype. ``module.tau = value`` sets either, also under torch.compile and in checkpoints: a
+    tensor tau never compiles anew.
     """
 
-    def __init__(
-        self,
-        tau: float = 0.1,
-        *,
-        learnable: bool = False,
-        metric: str = "cosine",
-        eps: float = 0.0,
-        focal: float = 0.0,
-        no_positive: str = "skip",
-        class_weight: Tensor | None = None,
-        ignore_index: int | None = None,
-        reduction: str = "mean",
-        backend: str | None = None,
-    ) -> None:
-        super().__init__()
-        checks.choice("metric", metric, METRICS)
-        checks.choice("reduction", reduction, checks.REDUCTIONS)
-        checks.choice("no_positive", no_positive, checks.NO_POSITIVE)
-        checks.non_negative("eps", eps)
-        checks.non_negative("focal", focal)
-        engines.check_backend(backend)
+    own = ("tau", "learnable")
+
+    def __init__(self, tau: float = 0.1, *, learnable: bool = False, **options: Any) -> None:
+        super().__init__(**options)
         start = torch.tensor(checks.positive("tau", tau))
         self.log_tau = nn.Parameter(start.log()) if learnable else None
         self.register_buffer("_tau", None if learnable else start)
-        self.register_buffer("class_weight", class_weight)
-        self.options = {
-            "metric": metric,
-            "eps": eps,
-            "focal": focal,
-            "no_positive": no_positive,
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "backend": backend,
-        }
 
     @property
     def tau(self) -> Tensor:
@@ -74,24 +77,74 @@ class SNNL(nn.Module):
             else:
                 self.log_tau.fill_(math.log(value))
 
-    def forward(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        ref_features: Tensor | None = None,
-        ref_labels: Tensor | None = None,
-        weight: Tensor | None = None,
-    ) -> Tensor:
-        return snnl(
-            features,
-            labels,
-            self.tau,
-            ref_features=ref_features,
-            ref_labels=ref_labels,
-            weight=weight,
-            class_weight=self.class_weight,  # type: ignore[arg-type]
-            **self.options,  # type: ignore[arg-type]
-        )
+    def forward(self, *tensors: Tensor, **more: Tensor | None) -> Tensor:
+        return super().forward(*tensors, tau=self.tau, **more)
 
     def extra_repr(self) -> str:
-        return f"learnable={self.log_tau is not None}, " + ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+        return f"learnable={self.log_tau is not None}, {super().extra_repr()}"
+
+
+class SNNL(_TemperatureLoss):
+    """:func:`pairloss.snnl` as a module; called with features, labels, and optionally ref_features=, ref_labels=, weight=."""
+
+    function, buffer = neighbour.snnl, "class_weight"
+
+
+class SupCon(_TemperatureLoss):
+    """:func:`pairloss.supcon` as a module; called with features, labels, and optionally ref_features=, ref_labels=, weight=."""
+
+    function, buffer = supervised.supcon, "class_weight"
+
+
+class Circle(_Loss):
+    """:func:`pairloss.circle` as a module; called with features, labels, and optionally ref_features=, ref_labels=, weight=."""
+
+    function, buffer = supervised.circle, "class_weight"
+
+
+class Contrastive(_TemperatureLoss):
+    """:func:`pairloss.contrastive` as a module; called with query, key, and optionally negative_keys=, ids=, weight= and the like."""
+
+    function = contrastive.contrastive
+
+
+class SimpleContrastive(_Loss):
+    """:func:`pairloss.simple_contrastive` as a module; called with query, key, and optionally weight=."""
+
+    function = contrastive.simple_contrastive
+
+
+class NTXent(_TemperatureLoss):
+    """:func:`pairloss.nt_xent` as a module; called with view_a, view_b, and optionally ids=, weight=."""
+
+    function = contrastive.nt_xent
+
+
+class CLIP(_Loss):
+    """:func:`pairloss.clip` as a module; called with image, text, logit_scale, and optionally ids=, weight=."""
+
+    function = image_text.clip
+
+
+class SigLIP(_Loss):
+    """:func:`pairloss.siglip` as a module; called with image, text, logit_scale, logit_bias, and optionally ids=, weight=."""
+
+    function = image_text.siglip
+
+
+class Uniformity(_Loss):
+    """:func:`pairloss.uniformity` as a module; called with x."""
+
+    function = metrics.uniformity
+
+
+class Alignment(_Loss):
+    """:func:`pairloss.alignment` as a module; called with x, y, and optionally weight=."""
+
+    function = metrics.alignment
+
+
+class Tolerance(_Loss):
+    """:func:`pairloss.tolerance` as a module; called with features, labels."""
+
+    function = metrics.tolerance

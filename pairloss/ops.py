@@ -81,7 +81,7 @@ def row_stats(
         raise ValueError(f"score: expected one of {SCORES}, got {score!r}")
     if score == "circle" and (ids_x is None or cutoff is not None):
         raise ValueError("score='circle': expected ids_x and cutoff=None")
-    pairs = (x, y, ids_x, ids_y, self_offset, row_bias, col_bias, product_dtype or x.dtype)
+    pairs = (x, y, ids_x, _another(ids_y, ids_x), self_offset, row_bias, col_bias, product_dtype or x.dtype)
     how = (cutoff, score, m, gamma, both_sides, logit_bound)
     if backend == engines.REFERENCE:
         return reference.row_stats(Call(*pairs, *how))
@@ -135,7 +135,7 @@ def pair_sum(
         raise ValueError(f"over: expected one of {OVER}, 'positives' with ids_x, got {over!r}")
     if term not in TERMS:
         raise ValueError(f"term: expected one of {TERMS}, got {term!r}")
-    pairs = (x, y, ids_x, ids_y, self_offset, row_bias, col_bias, product_dtype or x.dtype)
+    pairs = (x, y, ids_x, _another(ids_y, ids_x), self_offset, row_bias, col_bias, product_dtype or x.dtype)
     if backend == engines.REFERENCE:
         return reference.pair_sum(Call(*pairs), over, term)
     return PairSum.apply(*pairs, over, term, backend)
@@ -179,6 +179,11 @@ def top_k(
 def selected_products(x: Tensor, y: Tensor, index: Tensor, *, product_dtype: torch.dtype | None = None) -> Tensor:
     """<x_i, y_j> for j = index[i, 0], ..., index[i, K - 1]; -inf, with gradient 0, where the index is -1. [N, K] in x.dtype."""
     return SelectedProducts.apply(x, y, index, product_dtype or x.dtype)
+
+
+def _another(ids_y: Tensor | None, ids_x: Tensor | None) -> Tensor | None:
+    """ids_y, not the very tensor that ids_x is: dynamo takes no tensor twice."""
+    return ids_y.view_as(ids_y) if ids_y is not None and ids_y is ids_x else ids_y
 
 
 def _backend(backend: str | None) -> str | None:

@@ -4,14 +4,14 @@ Temperature goes into the rows (times sqrt(1/tau) on both sides), which keeps x 
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import ops
 from .reference import rounded
 
-METRICS = ("cosine", "dot", "sqeuclidean")
 ZERO_NORM = 1e-12
 
 
@@ -23,6 +23,22 @@ class Rows(NamedTuple):
     product_dtype: torch.dtype
     logit_bound: float
     poison: Tensor  # [N], NaN for an anchor with a value that is not finite (or all, where tau is not > 0), else 0
+
+    def row_stats(self, ids_x: Tensor | None = None, ids_y: Tensor | None = None, self_offset: int | None = None, **how: Any) -> Any:
+        """ops.row_stats of these rows."""
+        biases = (self.row_bias, self.col_bias)
+        return ops.row_stats(
+            self.x, self.y, ids_x, ids_y, self_offset, *biases, product_dtype=self.product_dtype, logit_bound=self.logit_bound, **how
+        )
+
+    def products(self, y: Tensor) -> Tensor:
+        """The product of each anchor with the row of y [N, D] beside it, or with those of y [N, M, D]; rounded as engines round."""
+        x, y = rounded(self.x, self.product_dtype), rounded(y, self.product_dtype)
+        return (x * y).sum(1) if y.ndim == 2 else torch.einsum("nd,nmd->nm", x, y)
+
+    def against(self, y: Tensor, col_bias: Tensor | None) -> "Rows":
+        """The same anchors with other candidates."""
+        return self._replace(y=y, col_bias=col_bias, logit_bound=self.logit_bound if col_bias is None else math.inf)
 
 
 def prepare(
@@ -40,8 +56,8 @@ def prepare(
     y, col_bias = (None, None) if ref_features is None else _cleared(ref_features, ref_ignored)
     if metric == "cosine":
         bound = 1 / tau if isinstance(tau, float) else math.inf
-        x = _unit(x) * scale
-        return Rows(x, None if y is None else _unit(y) * scale, row_bias, col_bias, product_dtype, bound, _poison(x))
+        x = unit(x) * scale
+        return Rows(x, None if y is None else unit(y) * scale, row_bias, col_bias, product_dtype, bound, _poison(x))
 
     x = _poisoned(x * scale, product_dtype)
     y = None if y is None else _poisoned(y * scale, product_dtype)
@@ -54,6 +70,11 @@ def prepare(
         if y is not None:
             y, col_bias = _with_half_square(y - centre, col_bias, product_dtype)
     return Rows(x, y, row_bias, col_bias, product_dtype, math.inf, _poison(x))
+
+
+def loss_dtype(features: Tensor) -> torch.dtype:
+    """Of statistics and losses: float32, or float64 for float64 features."""
+    return torch.promote_types(features.real.dtype if features.is_complex() else features.dtype, torch.float32)
 
 
 def real_view(features: Tensor) -> Tensor:
@@ -84,7 +105,7 @@ def _cleared(features: Tensor, ignored: Tensor | None) -> tuple[Tensor, Tensor |
     return torch.where(ignored[:, None], 0, x), bias
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit(x: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     zero = norm < ZERO_NORM
     # A norm that overflows would silently give the zero vector.

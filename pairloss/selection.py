@@ -70,7 +70,7 @@ def products_backward(x: Tensor, y: Tensor, index: Tensor, product_dtype: torch.
 
 
 def add_rows_(total: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """total[index] += rows, in a fixed order: CUDA's index_add_ is not, the CPU's index_put_ neither."""
+    """total[index] += rows, in a fixed order: CUDA's index_add_ has none, nor the CPU's index_put_."""
     if total.device.type == "cpu":
         return total.index_add_(0, index.long(), rows)
     return total.index_put_((index.long(),), rows, accumulate=True)

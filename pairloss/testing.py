@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 from . import engines
+from .contrastive import contrastive, nt_xent, simple_contrastive
+from .image_text import clip, siglip
+from .metrics import alignment, tolerance, uniformity
 from .neighbour import snnl
+from .supervised import circle, supcon
 
 
 @contextmanager
@@ -88,60 +92,230 @@ class LossSpec:
     function: Callable[..., Tensor]
     sample: Callable[[int, int, int, str], Sample]
     options: tuple[str, ...]
+    detached: bool = False  # a factor of the loss is constant in its derivative: finite differences are not the gradient
+
+    def why_not(self, option: str, backend: str) -> str | None:
+        """Why an engine does not serve an option."""
+        return "triton does not serve multi-hot labels" if "multi-hot" in option and backend == "triton" else None
 
 
-def _snnl_sample(n: int, d: int, seed: int, option: str) -> Sample:
-    generator = torch.Generator().manual_seed(seed)
+class _Random:
+    """Reproducible arguments."""
 
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
 
-    def labels(n: int) -> Tensor:
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.generator, dtype=torch.float64)
+
+    def labels(self, n: int) -> Tensor:
         """Five unbalanced classes, far-apart values, the last a singleton if n allows."""
         values = torch.tensor([-(2**40), 0, 1, 7, 2**62])
-        drawn = values[(torch.rand(n, generator=generator) ** 2 * 4).long()]
+        drawn = values[(self.uniform(n) ** 2 * 4).long()]
         drawn[n // 2] = values[-1]
         return drawn
 
-    differentiable = {"features": randn(n, d), "tau": torch.tensor(0.2, dtype=torch.float64)}
-    others: dict[str, Any] = {"labels": labels(n)}
-    if option.startswith(("dot", "sqeuclidean")):
-        others["metric"] = option.split("-")[0]
-        differentiable["tau"] = torch.tensor(float(d), dtype=torch.float64)
-    if option.endswith("eps"):
-        others["eps"] = 1e-5
+    def multi_hot(self, n: int) -> Tensor:
+        """Of 70 classes, more than a word holds, rarely two; the last row has none."""
+        classes = torch.tensor([0, 7, 63, 64, 69])
+        hot = torch.zeros(n, 70, dtype=torch.bool)
+        for _ in range(2):
+            hot[torch.arange(n), classes[(self.uniform(n) ** 2 * 5).long()]] = True
+        hot[-1] = False
+        return hot
+
+
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def _named(words: list[str]) -> dict[str, Any]:
+    """Options whose value is the word itself."""
+    names = {"zero": "no_positive", "none": "reduction", "sum": "reduction", "dot": "metric", "sqeuclidean": "metric"}
+    return {names[word]: word for word in words if word in names}
+
+
+def _labelled(n: int, d: int, seed: int, option: str) -> Sample:
+    """Arguments of snnl, supcon and circle, but for the temperature."""
+    random = _Random(seed)
+    differentiable = {"features": random.normal(n, d)}
+    others: dict[str, Any] = {"labels": random.labels(n)}
+    words = option.split("-")
+    if "ref" in words:
+        m = n + n // 2 + 1
+        differentiable["ref_features"] = random.normal(m, d)
+        others |= {"ref_labels": random.labels(m), "ignore_index": 1}
+    if "multi" in words:  # multi-hot
+        others["labels"] = random.multi_hot(n)
+        if "ref" in words:
+            others |= {"ref_labels": random.multi_hot(m), "ignore_index": None}
+    if "weight" in words:
+        others["weight"] = random.uniform(n)
+    if "class_weight" in words:
+        others |= {"labels": torch.arange(n) % 4, "class_weight": torch.tensor([0.5, 1.0, 2.0, 0.25], dtype=torch.float64)}
+    if "ignore_index" in words:
+        others["ignore_index"] = 7 if "sqeuclidean" in words else 0
+    return Sample(differentiable, others | _named(words))
+
+
+def _with_tau(sample: Sample, option: str, d: int) -> Sample:
+    """Learnable, unless the option is number-tau."""
+    tau = float(d) if sample.others.get("metric", "cosine") != "cosine" else 0.2
+    if option == "number-tau":
+        return Sample(sample.differentiable, sample.others | {"tau": tau})
+    return Sample(sample.differentiable | {"tau": _scalar(tau)}, sample.others)
+
+
+def _snnl_sample(n: int, d: int, seed: int, option: str) -> Sample:
+    sample = _labelled(n, d, seed, option)
     match option:
-        case "number-tau":
-            others["tau"] = differentiable.pop("tau").item()
-        case "weight":
-            others["weight"] = torch.rand(n, generator=generator, dtype=torch.float64)
         case "focal":
-            others["focal"] = 2.0
+            sample.others["focal"] = 2.0
         case "focal-eps":
-            others |= {"focal": 0.5, "eps": 1e-3}
-        case "zero":
-            others["no_positive"] = "zero"
-        case "class_weight":
-            others |= {"labels": torch.arange(n) % 4, "class_weight": torch.tensor([0.5, 1.0, 2.0, 0.25], dtype=torch.float64)}
-        case "ignore_index":
-            others["ignore_index"] = 0
-        case "sqeuclidean-ignore_index":
-            others["ignore_index"] = 7
-        case "none" | "sum":
-            others["reduction"] = option
-        case "ref" | "sqeuclidean-ref":
-            differentiable["ref_features"] = randn(n + n // 2 + 1, d)
-            others |= {"ref_labels": labels(n + n // 2 + 1), "ignore_index": 1}
-    return Sample(differentiable, others)
+            sample.others.update({"focal": 0.5, "eps": 1e-3})
+        case _ if option.endswith("eps"):
+            sample.others["eps"] = 1e-5
+    return _with_tau(sample, option, d)
 
 
+def _supcon_sample(n: int, d: int, seed: int, option: str) -> Sample:
+    sample = _labelled(n, d, seed, option)
+    form = option.split("-")[0]
+    if form in ("in", "pairs"):
+        sample.others["form"] = form
+    if option == "base_tau":
+        sample.others["base_tau"] = 0.07
+    return _with_tau(sample, option, d)
+
+
+def _circle_sample(n: int, d: int, seed: int, option: str) -> Sample:
+    sample = _labelled(n, d, seed, option)
+    if option.startswith("batch"):
+        sample.others["pool"] = "batch"
+    sample.others.update({"m": 0.4, "gamma": 80} if option == "gamma-80" else {"gamma": 16})
+    if option == "dot":
+        sample.differentiable["features"] /= sample.differentiable["features"].norm(dim=1, keepdim=True) * 1.1
+    return sample
+
+
+def _pairs(x: str, y: str, n: int, d: int, seed: int, option: str) -> Sample:
+    """Arguments of the losses of paired rows: positives are closer than chance."""
+    random = _Random(seed)
+    query = random.normal(n, d)
+    others: dict[str, Any] = {}
+    words = option.split("-")
+    if "weight" in words:
+        others["weight"] = random.uniform(n)
+    if "ids" in words:
+        others["ids"] = (random.uniform(n) * (n // 2 + 1)).long()
+    return Sample({x: query, y: query + random.normal(n, d)}, others | _named(words))
+
+
+def _contrastive_sample(n: int, d: int, seed: int, option: str) -> Sample:
+    sample, random, words = _pairs("query", "key", n, d, seed, option), _Random(seed + 1), option.split("-")
+    m = n // 2 + 3
+    if "shared" in words:
+        sample.differentiable["negative_keys"] = random.normal(m, d)
+    if "each" in words:
+        sample.differentiable["negative_keys"] = random.normal(n, 3, d)
+    if "bias" in words:
+        sample.differentiable["key_bias"] = random.normal(n)
+        sample.differentiable["negative_bias"] = random.normal(*sample.differentiable["negative_keys"].shape[:-1])
+    if "negative_ids" in words:
+        sample.others.update({"ids": torch.arange(n), "negative_ids": torch.arange(m) % (n + 1)})
+    if "top_k" in words:
+        sample.others["top_k"] = 3
+    if "threshold" in words:  # no random similarity of this table is as near to it as a rounding
+        sample.others["threshold"] = 0.1
+    sample.others.update({name: value for name, value in {"both_sides": True, "in_batch": False}.items() if name in words})
+    return _with_tau(sample, option, d)
+
+
+def _nt_xent_sample(n: int, d: int, seed: int, option: str) -> Sample:
+    sample, words = _pairs("view_a", "view_b", n, d, seed, option), option.split("-")
+    sample.others.update({name: value for name, value in {"decoupled": True, "tau_plus": 0.1, "beta": 0.5}.items() if name in words})
+    return _with_tau(sample, option, d)
+
+
+def _simple_sample(n: int, d: int, seed: int, option: str) -> Sample:
+    sample = _pairs("query", "key", n, d, seed, option)
+    sample.others.update({"lam": 0.3, "top_k": 3 if "top_k" in option else None})
+    return sample
+
+
+def _clip_sample(n: int, d: int, seed: int, option: str) -> Sample:
+    sample = _pairs("image", "text", n, d, seed, option)
+    sample.differentiable["logit_scale"] = _scalar(5 / d if option == "dot" else 5.0)
+    if option == "label_smoothing":
+        sample.others["label_smoothing"] = 0.1
+    return sample
+
+
+def _siglip_sample(n: int, d: int, seed: int, option: str) -> Sample:
+    sample = _clip_sample(n, d, seed, option)
+    sample.differentiable["logit_bias"] = _scalar(-2.0)
+    return sample
+
+
+def _uniformity_sample(n: int, d: int, seed: int, option: str) -> Sample:
+    t = 2.0 if option == "cosine" else 1 / d
+    return Sample({"x": _Random(seed).normal(n, d)}, {"metric": option, "t": t})
+
+
+def _alignment_sample(n: int, d: int, seed: int, option: str) -> Sample:
+    sample = _pairs("x", "y", n, d, seed, option)
+    sample.others["alpha"] = 1.5 if option == "alpha" else 2.0
+    return sample
+
+
+def _tolerance_sample(n: int, d: int, seed: int, option: str) -> Sample:
+    sample = _labelled(n, d, seed, option)
+    sample.others["include_self"] = option == "include_self"
+    return sample
+
+
+_LABELLED = ("cosine", "dot", "weight", "zero", "class_weight", "ignore_index", "none", "sum", "ref", "multi-hot")
+_PAIRED = ("cosine", "dot", "weight", "none", "sum")
 LOSSES = {
     "snnl": LossSpec(
         snnl,
         _snnl_sample,
         (
-            *("cosine", "dot", "sqeuclidean", "cosine-eps", "dot-eps", "sqeuclidean-eps", "number-tau", "weight", "focal", "focal-eps"),
-            *("zero", "class_weight", "ignore_index", "sqeuclidean-ignore_index", "none", "sum", "ref", "sqeuclidean-ref"),
+            *_LABELLED,
+            *("sqeuclidean", "cosine-eps", "dot-eps", "sqeuclidean-eps", "number-tau", "focal", "focal-eps"),
+            *("sqeuclidean-ignore_index", "sqeuclidean-ref", "multi-hot-ref"),
         ),
-    )
+    ),
+    "supcon": LossSpec(
+        supcon,
+        _supcon_sample,
+        (
+            *_LABELLED,
+            *("in", "pairs", "number-tau", "base_tau", "in-ref", "in-multi-hot", "multi-hot-ref"),
+            *("pairs-ref", "pairs-none", "pairs-weight", "pairs-ignore_index", "pairs-multi-hot", "pairs-zero"),
+        ),
+    ),
+    "circle": LossSpec(circle, _circle_sample, (*_LABELLED, "gamma-80", "batch", "batch-ref", "batch-ignore_index"), detached=True),
+    "contrastive": LossSpec(
+        contrastive,
+        _contrastive_sample,
+        (
+            *_PAIRED,
+            *("number-tau", "ids", "both_sides", "shared", "shared-in_batch", "each", "each-in_batch", "shared-bias", "each-bias"),
+            *("top_k", "top_k-ids-both_sides", "top_k-shared-bias", "top_k-each-bias", "shared-negative_ids"),
+            *("threshold", "threshold-both_sides", "threshold-each", "threshold-top_k-shared"),
+        ),
+    ),
+    "nt_xent": LossSpec(
+        nt_xent, _nt_xent_sample, (*_PAIRED, "number-tau", "ids", "decoupled", "tau_plus", "beta", "tau_plus-beta-ids", "decoupled-beta")
+    ),
+    "simple_contrastive": LossSpec(simple_contrastive, _simple_sample, (*_PAIRED, "top_k", "top_k-none")),
+    "clip": LossSpec(clip, _clip_sample, (*_PAIRED, "label_smoothing", "ids")),
+    "siglip": LossSpec(siglip, _siglip_sample, (*_PAIRED, "ids")),
+    "uniformity": LossSpec(uniformity, _uniformity_sample, ("cosine", "sqeuclidean")),
+    "alignment": LossSpec(alignment, _alignment_sample, ("cosine", "sqeuclidean", "alpha", "weight", "none")),
+    "tolerance": LossSpec(tolerance, _tolerance_sample, ("cosine", "dot", "include_self")),
 }

@@ -33,6 +33,9 @@ def truth_of(loss: str, option: str, n: int, d: int, dtype: torch.dtype):
 
 
 def check(engine: Engine, loss: str, option: str, n: int, d: int, dtype: torch.dtype, tile: int | None, layout: str | None = None) -> None:
+    reason = LOSSES[loss].why_not(option, engine.name)
+    if reason is not None:
+        pytest.skip(reason)
     sample, truth, eager = truth_of(loss, option, n, d, dtype)
     moved = sample.on(engine.device)
     moved = Sample({name: in_layout(v, layout) for name, v in moved.differentiable.items()}, moved.others)

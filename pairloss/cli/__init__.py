@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..prepare import METRICS
+from ..checks import METRICS
 from . import autoencoder, check, data, errors, info, report
 from .errors import InputError
 from .measure import PeakMemory

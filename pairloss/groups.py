@@ -1,0 +1,46 @@
+"""Sums and counts over the candidates that share an anchor's label, O(N D): no pass over pairs, no shape that depends on labels."""
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .prepare import Rows
+from .selection import add_rows_
+
+
+def positives(rows: Rows, ids: Tensor, ref_ids: Tensor | None, backend: str | None) -> tuple[Tensor, Tensor]:
+    """For every anchor i the sum over P(i) of <x_i, y_j>, and how many they are. [N] each, as floats.
+
+    Multi-hot ids need a pass over pairs for each; equal labels have class sums.
+    """
+    n, itself = len(rows.x), rows.y is None
+    if ids.ndim > 1:
+
+        def over_positives(x: Tensor, y: Tensor | None, row_bias: Tensor | None) -> Tensor:
+            return ops.pair_sum(
+                x, y, ids, ref_ids, 0 if itself else None, row_bias,
+                over="positives", term="linear", product_dtype=rows.product_dtype, backend=backend,
+            )  # fmt: skip
+
+        nothing = rows.x.new_zeros(n, 1), None if rows.y is None else rows.y.new_zeros(len(rows.y), 1)
+        return over_positives(rows.x, rows.y, None), over_positives(*nothing, rows.x.new_ones(n))
+    candidates, candidate_ids = (rows.x, ids) if rows.y is None or ref_ids is None else (rows.y, ref_ids)
+    members = count(ids, candidate_ids)
+    sums = rows.products(class_sums(candidates, candidate_ids, ids))
+    if itself:
+        members, sums = members - 1, sums - rows.products(rows.x)
+    return torch.where(members == 0, 0, sums), members.to(sums.dtype)
+
+
+def count(ids: Tensor, candidate_ids: Tensor) -> Tensor:
+    """[N]: how many candidates have the anchor's id, itself included."""
+    ordered = candidate_ids.sort().values
+    return torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
+
+
+def class_sums(rows: Tensor, row_ids: Tensor, ids: Tensor) -> Tensor:
+    """[N, D]: the sum of the rows whose id is ids_i; where there is none, the sum of some other class."""
+    ordered = row_ids.sort().values
+    first = torch.searchsorted(ordered, row_ids)  # a class is numbered by where it begins in label order
+    sums = add_rows_(torch.zeros_like(rows), first, rows)
+    return sums[torch.searchsorted(ordered, ids).clamp(max=len(rows) - 1)]
