@@ -1,9 +1,6 @@
 """What snnl says about edge cases, options and bad input; the ways in which others went wrong."""
 
-import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -414,30 +411,6 @@ def test_label_dtypes_and_the_module_give_the_same():
     restored = pairloss.nn.SNNL(5.0, metric="dot")
     restored.load_state_dict(module.state_dict())
     assert torch.equal(restored.tau, module.tau)
-
-
-def test_memory_stays_linear():
-    """Forward and backward at N = 32,768, D = 64: below 100 MB above the inputs, where N x N would be 4.3 GB."""
-    program = """
-import json, re, torch, pairloss
-def status(key):
-    return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-def step(n):
-    x = torch.randn(n, 64, requires_grad=True)
-    labels = torch.randint(0, 10, (n,))
-    open("/proc/self/clear_refs", "w").write("5")
-    before = status("VmRSS")
-    pairloss.snnl(x, labels, 0.1, backend="torch").backward()
-    return status("VmHWM") - before
-step(2048)
-print(json.dumps(step(32768)))
-"""
-    if not sys.platform.startswith("linux"):
-        pytest.skip("reads Linux's /proc")
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    used = json.loads(result.stdout) / 1e6
-    assert used < 100, f"{used:.0f} MB"
-    assert used > 32768 * 64 * 4 / 1e6  # the gradient alone: less would mean that the measurement failed
 
 
 @pytest.mark.engines
