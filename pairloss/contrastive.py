@@ -45,7 +45,7 @@ def contrastive(
         tau: temperature, a number > 0 or a 0-dim tensor, which may be learnable. It divides the similarity.
         negative_keys: more negatives, [M, D] for all queries, or [N, M, D] for each its own.
         in_batch: whether the other keys of the batch are negatives; False needs negative_keys.
-        top_k: only the K most similar negatives of each query count (all, where it has fewer).
+        top_k: only the K most similar negatives of each query count (all, where it has fewer); biases count as similarity.
         threshold: only negatives with a similarity (before tau) of at least this count.
         both_sides: the mean of this loss and the one with the roles of query and key swapped, from one pass. negative_keys are
             negatives of queries only.
@@ -282,25 +282,30 @@ class Candidates(NamedTuple):
         return rows[-1], cols[-1]
 
     def hardest(self, k: int) -> Tensor:
-        """[N, K]: the logits of the K most similar; -inf where there are fewer."""
+        """[N, K]: the K greatest logits; -inf where there are fewer."""
         x, y, bias = self.rows.x, self.rows.y, self.rows.col_bias
         assert y is not None
-        masked = None if bias is None else torch.where(bias == -torch.inf, -torch.inf, 0.0).to(x.dtype)
         how = {"product_dtype": self.rows.product_dtype}
-        index = ops.top_k(x, y, min(k, len(y)), self.ids_x, self.ids_y, self.self_offset, masked, backend=self.backend, **how)
+        index = ops.top_k(x, y, min(k, len(y)), self.ids_x, self.ids_y, self.self_offset, bias, backend=self.backend, **how)
         z = ops.selected_products(x, y, index, **how)
         if self.cutoff is not None:
             z = z.masked_fill(z < self.cutoff, -torch.inf)
         return z if bias is None else z + bias[index.clamp(min=0).long()]
+
+    def swapped(self) -> "Candidates":
+        """The candidates as anchors, without biases: for each of them, its own is a constant."""
+        assert self.rows.y is not None
+        return self._replace(rows=self.rows._replace(x=self.rows.y, y=self.rows.x, col_bias=None), ids_x=self.ids_y, ids_y=self.ids_x)
 
     def log_sums_or_hardest(self, top_k: int | None, both_sides: bool = False) -> tuple[Tensor, Tensor | None]:
         """[N, 1] log-sums or [N, K] logits, and with both_sides those of the candidates as anchors."""
         if top_k is None:
             of_rows, of_cols = self.log_sums(both_sides)
             return of_rows[:, None], of_cols[:, None] if both_sides else None
-        assert self.rows.y is not None
-        swapped = self._replace(rows=self.rows._replace(x=self.rows.y, y=self.rows.x, col_bias=None), ids_x=self.ids_y, ids_y=self.ids_x)
-        return self.hardest(top_k), swapped.hardest(top_k) if both_sides else None
+        if not both_sides:
+            return self.hardest(top_k), None
+        bias, of_cols = self.rows.col_bias, self.swapped().hardest(top_k)
+        return self.hardest(top_k), of_cols if bias is None else of_cols + bias[:, None]
 
 
 def _logits_of_each(

@@ -160,7 +160,7 @@ def top_k(
     Args:
         x, y, ids_x, ids_y, self_offset, product_dtype, backend: as in :func:`row_stats`; all engines but "reference" select alike.
         k: how many, 1 <= k <= M.
-        col_bias: [M]; -inf takes a candidate out.
+        col_bias: [M]; not differentiable here; -inf takes a candidate out.
 
     Returns:
         int32 [N, k], by decreasing product; -1 where N(i) has fewer.
@@ -170,7 +170,8 @@ def top_k(
     candidates = (x if y is None else y).shape[0]
     if not 1 <= k <= candidates:
         raise ValueError(f"k: expected 1 <= k <= {candidates}, the number of candidates, got {k}")
-    pairs = (x.detach(), y if y is None else y.detach(), ids_x, ids_y, self_offset, None, col_bias, product_dtype or x.dtype)
+    y, col_bias = (None if v is None else v.detach() for v in (y, col_bias))
+    pairs = (x.detach(), y, ids_x, ids_y, self_offset, None, col_bias, product_dtype or x.dtype)
     if backend == engines.REFERENCE:
         return reference.top_k(Call(*pairs), k)
     return torch.ops.pairloss.top_k(*pairs, k)

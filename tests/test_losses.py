@@ -146,6 +146,8 @@ def test_a_threshold_is_inclusive_and_before_tau():
 def test_top_k_of_all_negatives_is_the_loss_itself():
     for options in ({}, {"negative_keys": NEGATIVES}, {"negative_keys": EACH}, {"negative_keys": EACH, "in_batch": False}):
         torch.testing.assert_close(contrastive(X, Y, 0.3, top_k=1000, **options), contrastive(X, Y, 0.3, **options))
+    bias = {"key_bias": torch.randn(N, generator=G), "both_sides": True}
+    torch.testing.assert_close(contrastive(X, Y, 0.3, top_k=1000, **bias), contrastive(X, Y, 0.3, **bias))
     torch.testing.assert_close(simple_contrastive(X, Y, 0.3, top_k=1000), simple_contrastive(X, Y, 0.3))
 
 
