@@ -3,6 +3,7 @@
 from . import nn, testing
 from .contrastive import contrastive, nt_xent, simple_contrastive
 from .image_text import clip, siglip
+from .imbalance import class_balanced_weights, focal_cross_entropy, inverse_frequency_weights
 from .metrics import alignment, tolerance, uniformity
 from .neighbour import entanglement, snnl
 from .supervised import circle, flatten_views, supcon
@@ -11,10 +12,13 @@ __version__ = "0.1.0"
 __all__ = [
     "alignment",
     "circle",
+    "class_balanced_weights",
     "clip",
     "contrastive",
     "entanglement",
     "flatten_views",
+    "focal_cross_entropy",
+    "inverse_frequency_weights",
     "nn",
     "nt_xent",
     "siglip",

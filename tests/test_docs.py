@@ -1,11 +1,12 @@
-"""The README's example runs, its table is the one that the committed rows give, and the docstring's example holds."""
+"""The README's example runs, its table is the one that the committed rows give, and the docstrings' examples hold."""
 
 import doctest
+import importlib
 import importlib.util
 import re
 from pathlib import Path
 
-import pairloss
+import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -25,8 +26,9 @@ def test_readme_table_is_of_committed_rows():
     assert module.table() in README
 
 
-def test_docstring_examples():
-    failed, attempted = doctest.testmod(pairloss.neighbour)
+@pytest.mark.parametrize("module", ["imbalance", "neighbour"])
+def test_docstring_examples(module):
+    failed, attempted = doctest.testmod(importlib.import_module(f"pairloss.{module}"))
     assert attempted >= 3
     assert failed == 0
 
