@@ -1,6 +1,6 @@
 """Fused pairwise losses: soft nearest neighbour, contrastive and circle loss without the N x N matrix."""
 
-from . import nn, testing
+from . import nn, schedules, testing
 from .contrastive import contrastive, nt_xent, simple_contrastive
 from .image_text import clip, siglip
 from .imbalance import class_balanced_weights, focal_cross_entropy, inverse_frequency_weights
@@ -21,6 +21,7 @@ __all__ = [
     "inverse_frequency_weights",
     "nn",
     "nt_xent",
+    "schedules",
     "siglip",
     "simple_contrastive",
     "snnl",

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from .. import reference, snnl
+from .. import reference, schedules, snnl
 from .data import Dataset
 from .measure import PeakMemory, call_for, engine_name, saved_bytes, synchronise
 
@@ -39,7 +39,7 @@ class Settings:
     backend: str | None
 
     def temperature(self, epoch: int) -> float:
-        return 1 / (1 + epoch) ** 0.55 if self.tau is None else self.tau
+        return schedules.annealed(epoch) if self.tau is None else self.tau
 
     @property
     def measured_at(self) -> float:
