@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, contrastive, image_text, metrics, neighbour, supervised
+from .memory import FeatureQueue as FeatureQueue
+from .scale import LogitScale as LogitScale
 
 
 class _Loss(nn.Module):
