@@ -10,6 +10,7 @@ from .supervised import circle, flatten_views, supcon
 
 __version__ = "0.1.0"
 __all__ = [
+    "__version__",
     "alignment",
     "circle",
     "class_balanced_weights",

@@ -133,7 +133,7 @@ def number(name: str, value: object) -> None:
 
 def integer(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
-        raise TypeError(f"{name}: expected an integer or None, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if not -(2**63) <= int(value) < 2**63:
         raise ValueError(f"{name}: expected a 64-bit integer, got {value}")
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import checks, contrastive, image_text, metrics, neighbour, supervised
+from . import checks, contrastive, image_text, imbalance, metrics, neighbour, supervised
 from .memory import FeatureQueue as FeatureQueue
 from .scale import LogitScale as LogitScale
 
@@ -150,3 +150,9 @@ class Tolerance(_Loss):
     """:func:`pairloss.tolerance` as a module; called with features, labels."""
 
     function = metrics.tolerance
+
+
+class FocalCrossEntropy(_Loss):
+    """:func:`pairloss.focal_cross_entropy` as a module; called with logits, labels."""
+
+    function, buffer = imbalance.focal_cross_entropy, "weight"

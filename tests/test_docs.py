@@ -26,7 +26,7 @@ def test_readme_table_is_of_committed_rows():
     assert module.table() in README
 
 
-@pytest.mark.parametrize("module", ["imbalance", "memory", "neighbour", "scale", "schedules"])
+@pytest.mark.parametrize("module", ["contrastive", "image_text", "imbalance", "memory", "neighbour", "scale", "schedules", "supervised"])
 def test_docstring_examples(module):
     failed, attempted = doctest.testmod(importlib.import_module(f"pairloss.{module}"))
     assert attempted >= 3

@@ -417,7 +417,7 @@ def test_autocast_changes_nothing_for_float32_logits():
         (ValueError, r"weight: expected shape \[4\], one entry per column of logits, got \[9\]", {"weight": torch.ones(9)}),
         (TypeError, "weight: expected a real dtype, got torch.complex64", {"weight": torch.ones(4, dtype=torch.complex64)}),
         (ValueError, "weight: expected the device of the features, cpu, got meta", {"weight": WEIGHT.to("meta")}),
-        (TypeError, "ignore_index: expected an integer or None, got float", {"ignore_index": 1.0}),
+        (TypeError, "ignore_index: expected an integer, got float", {"ignore_index": 1.0}),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )

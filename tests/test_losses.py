@@ -129,7 +129,7 @@ def test_log_q_correction_makes_sampled_keys_count_for_all():
     rows = {"negative_keys": Y.repeat(3, 1), "in_batch": False, "ids": torch.arange(N), "negative_ids": torch.arange(N).repeat(3)}
     losses = contrastive(X, Y, 0.3, negative_bias=torch.full((3 * N,), -math.log(3)), **rows)
     torch.testing.assert_close(losses, contrastive(X, Y, 0.3))
-    q = torch.rand(N, generator=G) + 0.1
+    q = torch.linspace(0.1, 1, N)
     rows = torch.nn.functional.normalize(X) @ torch.nn.functional.normalize(Y).T / 0.3 - q.log()
     torch.testing.assert_close(contrastive(X, Y, 0.3, key_bias=-q.log()), torch.nn.functional.cross_entropy(rows, torch.arange(N)))
 
@@ -146,7 +146,7 @@ def test_a_threshold_is_inclusive_and_before_tau():
 def test_top_k_of_all_negatives_is_the_loss_itself():
     for options in ({}, {"negative_keys": NEGATIVES}, {"negative_keys": EACH}, {"negative_keys": EACH, "in_batch": False}):
         torch.testing.assert_close(contrastive(X, Y, 0.3, top_k=1000, **options), contrastive(X, Y, 0.3, **options))
-    bias = {"key_bias": torch.randn(N, generator=G), "both_sides": True}
+    bias = {"key_bias": torch.linspace(-1, 1, N), "both_sides": True}
     torch.testing.assert_close(contrastive(X, Y, 0.3, top_k=1000, **bias), contrastive(X, Y, 0.3, **bias))
     torch.testing.assert_close(simple_contrastive(X, Y, 0.3, top_k=1000), simple_contrastive(X, Y, 0.3))
 
@@ -213,8 +213,9 @@ def test_circle_gradient_is_that_of_the_loss_with_frozen_factors(pool, metric):
 
 
 def test_entanglement_is_the_least_loss():
-    centres = torch.randn(4, D, generator=G)
-    x = (centres[L] + 0.5 * torch.randn(N, D, generator=G)).double().requires_grad_()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4, D, generator=generator)[L] + 0.7 * torch.randn(N, D, generator=generator)  # neither apart nor one cloud
+    x = x.double().requires_grad_()
     for metric in ("cosine", "sqeuclidean"):
         found = entanglement(x, L, metric=metric)
         assert all(found.loss <= snnl(x, L, found.tau * factor, metric=metric) for factor in (0.9, 0.99, 1.01, 1.1))
@@ -260,7 +261,7 @@ BAD = [
     (ValueError, r"ids: expected shape \[12\], got \[7\]", lambda: clip(X, Y, 1.0, ids=torch.arange(7))),
     (TypeError, "ids: expected an integer dtype, got torch.float32", lambda: siglip(X, Y, 1.0, 0.0, ids=torch.zeros(12))),
     (ValueError, "top_k: expected an integer >= 1, got 0", lambda: contrastive(X, Y, 0.1, top_k=0)),
-    (TypeError, "top_k: expected an integer or None, got float", lambda: simple_contrastive(X, Y, 0.1, top_k=2.0)),
+    (TypeError, "top_k: expected an integer, got float", lambda: simple_contrastive(X, Y, 0.1, top_k=2.0)),
     (ValueError, "threshold: expected a finite number, got nan", lambda: contrastive(X, Y, 0.1, threshold=math.nan)),
     (TypeError, "both_sides: expected True or False, got 1", lambda: contrastive(X, Y, 0.1, both_sides=1)),
     (ValueError, "lam: expected a finite number >= 0, got -1", lambda: simple_contrastive(X, Y, -1)),
@@ -301,6 +302,7 @@ MODULES = {
     "SigLIP": lambda m: (m(reduction="sum")(X, Y, 4.0, -1.0), siglip(X, Y, 4.0, -1.0, reduction="sum")),
     "Uniformity": lambda m: (m(t=3)(X), uniformity(X, 3)),
     "Alignment": lambda m: (m(alpha=1)(X, Y), pairloss.alignment(X, Y, 1)),
+    "FocalCrossEntropy": lambda m: (m(gamma=2, weight=torch.arange(5.0))(X, L), pairloss.focal_cross_entropy(X, L, 2, torch.arange(5.0))),
     "Tolerance": lambda m: (m(include_self=True)(X, L), pairloss.tolerance(X, L, include_self=True)),
 }
 
@@ -316,7 +318,7 @@ def test_modules_are_the_functions(name):
 
 def test_every_loss_has_a_module():
     functions = {getattr(pairloss.nn, name).function for name in MODULES}
-    assert functions == {spec.function for spec in LOSSES.values()}
+    assert functions >= {spec.function for spec in LOSSES.values()}
 
 
 def test_modules_refuse_what_is_wrong_when_they_are_made():

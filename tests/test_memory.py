@@ -253,10 +253,10 @@ def test_bad_rows_are_refused_by_name_and_change_nothing(error, message, argumen
     ("error", "message", "arguments"),
     [
         (ValueError, "size: expected an integer >= 1, got 0", {"size": 0}),
-        (TypeError, "size: expected an integer or None, got float", {"size": 4.0}),
-        (TypeError, "size: expected an integer or None, got bool", {"size": True}),
+        (TypeError, "size: expected an integer, got float", {"size": 4.0}),
+        (TypeError, "size: expected an integer, got bool", {"size": True}),
         (ValueError, "dim: expected an integer >= 1, got -1", {"dim": -1}),
-        (TypeError, "ignore_index: expected an integer or None, got str", {"ignore_index": "-1"}),
+        (TypeError, "ignore_index: expected an integer, got str", {"ignore_index": "-1"}),
         (TypeError, "dtype: expected a floating-point dtype, got torch.int64", {"dtype": torch.int64}),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
