@@ -25,7 +25,7 @@ class Engine(NamedTuple):
     device: str
 
 
-def _call(device: str, dtype: torch.dtype) -> engines.Call:
+def call_of(device: str, dtype: torch.dtype) -> engines.Call:
     x = torch.zeros(2, 2, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     ids = torch.zeros(2, device=device, dtype=torch.long)
     return engines.Call(x, None, ids, None, 0, None, None, dtype)
@@ -34,7 +34,7 @@ def _call(device: str, dtype: torch.dtype) -> engines.Call:
 def why_not(engine: Engine, dtype: torch.dtype = torch.float32) -> str | None:
     if engine.name == engines.REFERENCE:
         return None
-    return engines.load(engine.name).why_not(_call(engine.device, dtype))
+    return engines.load(engine.name).why_not(call_of(engine.device, dtype))
 
 
 def runnable() -> list[Engine]:
