@@ -84,16 +84,15 @@ def supcon(
     size = torch.where(none, 1, size)
     counts, weight = torch.ones_like(none) if no_positive == "zero" else ~none, given.weight
 
-    if form == "out":
-        (everything,), _ = rows.row_stats(None, None, given.self_offset, backend=backend)
-        losses = torch.where(none, 0, everything - similarity / size)
+    (pos, neg), _ = rows.row_stats(given.ids, given.ref_ids, given.self_offset, backend=backend)
+    pos = torch.where(none, 0, pos)
+    if form == "out":  # what one positive loses by the log-sum, 0, is all that would be left of a converged loss
+        losses = torch.where(size > 1, pos - similarity / size, 0) - torch.where(none, 0, logsigmoid(pos - neg))
+    elif form == "in":
+        losses = torch.where(none, 0, size.log() - logsigmoid(pos - neg))
     else:
-        (pos, neg), _ = rows.row_stats(given.ids, given.ref_ids, given.self_offset, backend=backend)
-        if form == "in":
-            losses = torch.where(none, 0, size.log() - logsigmoid(torch.where(none, 0, pos) - neg))
-        else:
-            losses = _each_positive(rows, given, neg, backend) / size
-            weight = (1 if weight is None else weight) * torch.where(none, 0, size)
+        losses = _each_positive(rows, given, neg, backend) / size
+        weight = (1 if weight is None else weight) * torch.where(none, 0, size)
     if base_tau is not None:
         losses = losses * (tau / base_tau)
     losses, counts = losses + rows.poison, counts | rows.poison.isnan()

@@ -240,6 +240,15 @@ def test_zero_rows(backend, name):
         assert math.isfinite(value(table[name], *zeros, **({} if name in PAIRED else {"labels": labels}), backend=backend))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("form", ["out", "in", "pairs"])
+def test_a_converged_loss_keeps_its_digits(form, dtype):
+    """The negatives are e^-20 of the one positive: as a difference of logarithms, nothing would be left of it."""
+    x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]], dtype=dtype, requires_grad=True)
+    loss = supcon(x, torch.tensor([0, 0, 1, 1]), 0.1, form=form)
+    assert loss.item() == pytest.approx(2 * math.exp(-20), rel=1e-5)
+
+
 @settings(deadline=None, max_examples=150)
 @given(
     name=st.sampled_from(sorted(LABELLED)),
