@@ -7,6 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+import pairloss
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -26,6 +29,16 @@ def test_readme_table_is_of_committed_rows():
     assert module.table() in README
 
 
+def test_calls_that_replace_those_of_other_libraries_run():
+    page = (ROOT / "docs/coming-from.md").read_text()
+    calls = re.findall(r"^\|[^|]*\| `([^`.][^`]*)`", page, re.MULTILINE)
+    assert len(calls) >= 25
+    x, y, views, each, queue = (torch.rand(*shape) for shape in [(4, 3), (4, 3), (4, 2, 3), (4, 5, 3), (5, 3)])
+    given = {"x": x, "y": y, "features": views, "each": each, "queue": queue, "labels": torch.arange(4) // 2}
+    for call in calls:
+        assert eval(call, vars(pairloss) | given | {"torch": torch, "N": 4, "scale": 10.0, "bias": -10.0}).isfinite(), call
+
+
 @pytest.mark.parametrize("module", ["contrastive", "image_text", "imbalance", "memory", "neighbour", "scale", "schedules", "supervised"])
 def test_docstring_examples(module):
     failed, attempted = doctest.testmod(importlib.import_module(f"pairloss.{module}"))
@@ -34,6 +47,6 @@ def test_docstring_examples(module):
 
 
 def test_links_lead_somewhere():
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs/design.md"):
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -328,3 +328,23 @@ def test_supcontrast_with_contrast_mode_one():
     rows, of_rows = flatten_views(arrays["x"], labels)
     first = torch.tensor([1.0, 0.0], dtype=torch.float64).repeat(len(labels))
     assert supcon(rows, of_rows, 0.07, weight=first).item() == pytest.approx(literal.mean().item(), rel=1e-12)
+
+
+def test_the_mean_over_losses_above_zero_is_the_default_where_none_underflows():
+    stem = "circle_peranchor_pml__n33_d16_m0.4_g80_unb"
+    arrays = load(FILES[stem].path)
+    assert arrays["param_reducer_mean_over_all"] == 0
+    loss = circle(arrays["x"], arrays["y_labels"], m=0.4, gamma=80)
+    assert loss.item() == pytest.approx(arrays["loss"].item(), rel=1e-10)
+
+
+def test_simclr_is_the_sum_of_its_two_directions():
+    """No file has it: objective.py's arithmetic, with -1e9 on the diagonals."""
+    arrays = load(FILES["ntxent_lightly__n48_d24_T1"].path)
+    x, y = (torch.nn.functional.normalize(arrays[name]) for name in ("x", "y"))
+    target, large = torch.arange(len(x)), 1e9 * torch.eye(len(x), dtype=torch.float64)
+    a = torch.cat([x @ y.T, x @ x.T - large], 1)
+    b = torch.cat([y @ x.T, y @ y.T - large], 1)
+    literal = sum(torch.nn.functional.cross_entropy(z, target) for z in (a, b))
+    assert 2 * nt_xent(arrays["x"], arrays["y"], 1.0).item() == pytest.approx(literal.item(), rel=1e-12)
+    assert literal.item() == pytest.approx(2 * arrays["loss"].item(), rel=1e-10)
