@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BENCH := $(VENV)/.bench
 # Threads that spin while they wait for others are slower than one thread on a machine that is shared.
 PASSIVE := OMP_WAIT_POLICY=passive
 
@@ -27,11 +28,15 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)
+$(BENCH): $(READY) bench/requirements.txt
+	$(BIN)/python -m pip install --quiet -r bench/requirements.txt
+	touch $@
+
+bench: $(BENCH)
 	$(BIN)/python -m pytest bench --benchmark
 
 # For a machine with a GPU: the interpreter that is there, no network, no virtual environment.
 gpu:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
 	$(PYTHON) -m pytest tests -m engines
-	$(PYTHON) bench/run.py --device cuda
+	$(PYTHON) bench/run.py --device cuda --losses snnl --rows 1024 4096 16384 65536 --columns 128 256 512 1024 --dtype bfloat16 float32
