@@ -1,40 +1,59 @@
-"""Writes the README's table of memory and time from the newest rows of bench/results/cpu.csv: python bench/table.py."""
+"""Writes the README's tables of memory and time from the newest rows of bench/results/cpu.csv: python bench/table.py."""
 
+import argparse
 import csv
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- table: python bench/table.py -->", "<!-- end of table -->"
+RESULTS = ROOT / "bench/results/cpu.csv"
+BEGIN, END = "<!-- table of {}: python bench/table.py -->", "<!-- end of table -->"
 SIZES = (512, 2048, 4096, 8192, 16384, 32768, 65536)
+ROWS = 8192
+
+Found = dict[tuple[str, str, int, str], float]
 
 
-def newest() -> dict[tuple[str, int, str], float]:
-    """Medians of float32, D = 128, by provider, N and quantity."""
-    with (ROOT / "bench/results/cpu.csv").open(newline="") as file:
+def newest(path: Path) -> Found:
+    """Medians of float32, D = 128, by loss, provider, N and quantity."""
+    with path.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["dtype"] == "float32" and row["d"] == "128"]
-    return {(row["provider"], int(row["n"]), row["quantity"]): float(row["p50"]) for row in rows}
+    return {(row["loss"], row["provider"], int(row["n"]), row["quantity"]): float(row["p50"]) for row in rows}
 
 
-def table() -> str:
-    found = newest()
+def cells(found: Found, loss: str, n: int, times: tuple[str, ...], peaks: tuple[str, ...]) -> list[str]:
+    columns = [(provider, "seconds", 1e-3, 1 if n < 4096 else 0) for provider in times]
+    columns += [(provider, "peak bytes", 1e6, 0) for provider in peaks]
+    values = [(found.get((loss, provider, n, quantity)), unit, digits) for provider, quantity, unit, digits in columns]
+    return ["-" if value is None else f"{value / unit:,.{digits}f}" for value, unit, digits in values]
 
-    def cell(provider: str, n: int, quantity: str, unit: float, digits: int) -> str:
-        value = found.get((provider, n, quantity))
-        return "-" if value is None else f"{value / unit:,.{digits}f}"
 
-    lines = ["| N | pairloss, ms | naive, ms | products, ms | pairloss, MB | naive, MB |", "|---|---|---|---|---|---|"]
-    for n in SIZES:
-        times = [cell(provider, n, "seconds", 1e-3, 1 if n < 4096 else 0) for provider in ("pairloss", "naive", "products")]
-        peaks = [cell(provider, n, "peak bytes", 1e6, 0) for provider in ("pairloss", "naive")]
-        lines.append(f"| {n:,} | " + " | ".join(times + peaks) + " |")
-    return "\n".join(lines)
+def lines(head: tuple[str, ...], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [list(head), ["---"] * len(head), *rows])
+
+
+def tables(path: Path = RESULTS, n: int = ROWS) -> dict[str, str]:
+    found = newest(path)
+    sizes = [[f"{size:,}", *cells(found, "snnl", size, ("pairloss", "naive", "products"), ("pairloss", "naive"))] for size in SIZES]
+    measured = dict.fromkeys(loss for loss, provider, size, _ in found if (provider, size) == ("pairloss", n))
+    losses = [[f"`{loss}`", *cells(found, loss, n, ("pairloss", "naive", "pml"), ("pairloss", "naive", "pml"))] for loss in measured]
+    return {
+        "sizes": lines(("N", "pairloss, ms", "naive, ms", "products, ms", "pairloss, MB", "naive, MB"), sizes),
+        "losses": lines(("loss", "pairloss, ms", "naive, ms", "PML, ms", "pairloss, MB", "naive, MB", "PML, MB"), losses),
+    }
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    readme.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--rows", type=int, default=ROWS, help="N of the table of losses")
+    parser.add_argument("--into", type=Path, default=ROOT / "README.md", help="the page with the tables")
+    arguments = parser.parse_args()
+    page = arguments.into.read_text()
+    for name, table in tables(arguments.results, arguments.rows).items():
+        before, rest = page.split(BEGIN.format(name))
+        _, after = rest.split(END, 1)
+        page = f"{before}{BEGIN.format(name)}\n{table}\n{END}{after}"
+    arguments.into.write_text(page)
 
 
 if __name__ == "__main__":
