@@ -29,6 +29,7 @@ from ._math import (
     outer_sum,
     score,
     shifted,
+    used,
 )
 
 # Log-sums this close together share one shift in the middle: e^(shift - lse) stays within e^27.5 of 1, so nothing overflows,
@@ -79,7 +80,7 @@ def tile_logits(
     s, x, y, i, j, N, M, self_offset, HAS_SELF: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """z of tile (i, j); -inf at the pairs left out and beyond the edges."""
-    z = score(s.to(tl.float32))
+    z = score(used(s.to(tl.float32)))
     if HAS_BIAS:
         z += x[1][:, None] + y[1][None, :]  # the biases first: z_ij and z_ji round alike
     i0 = i * BLOCK_M
