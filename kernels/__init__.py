@@ -41,6 +41,18 @@ def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: l
     return launch.row_stats_bwd(call, row_weights, col_weights, needs)
 
 
+def pair_sum_fwd(call: Call, over: str, term: str) -> Tensor:
+    from . import launch
+
+    return launch.pair_sum_fwd(call, over, term)
+
+
+def pair_sum_bwd(call: Call, over: str, term: str, weights: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    from . import launch
+
+    return launch.pair_sum_bwd(call, over, term, weights, needs)
+
+
 def _missing_triton() -> str | None:
     try:
         import triton
@@ -66,8 +78,6 @@ def _wrong_device(device: torch.device) -> str | None:
 def _wrong_call(call: Call) -> str | None:
     if torch.float64 in (call.x.dtype, call.product_dtype):
         return "float64 is served by torch"
-    if call.score != "linear":
-        return f"score {call.score!r} is not served"
     if call.ids_x is not None and call.ids_x.ndim > 1:
         return "multi-hot ids are not served"
     return None

@@ -44,21 +44,31 @@ def load_rows(p, o, o_d, D, EVEN_D: tl.constexpr):
 
 
 @triton.jit
-def blocked_product(p_x, p_y, o_x, o_y, D, EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
-    """<x_i, y_j>, BLOCK_D columns at a time."""
+def product(b_x, b_y, PRECISION: tl.constexpr):
+    """<x_i, y_j> in float32, from whole rows."""
+    acc = tl.zeros([b_x.shape[0], b_y.shape[0]], ACCUMULATOR)
+    return used(dot(b_x, b_y.T, acc, PRECISION).to(tl.float32))
+
+
+@triton.jit
+def blocked_product(p_x, p_y, o_x, o_y, D, columns, EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+    """<x_i, y_j> in float32 over the first `columns` of D columns, BLOCK_D at a time."""
     acc = tl.zeros([o_x.shape[0], o_y.shape[0]], ACCUMULATOR)
-    for d in tl.range(0, D, BLOCK_D):
+    for d in tl.range(0, columns, BLOCK_D):
         o_d = d + tl.arange(0, BLOCK_D)
         b_x = load_rows(p_x, o_x, o_d, D, EVEN_D)
         b_y = load_rows(p_y, o_y, o_d, D, EVEN_D)
         acc = dot(b_x, b_y.T, acc, PRECISION)
-    return acc
+    return used(acc.to(tl.float32))
 
 
 @triton.jit
-def score(s):
-    """The score of a product, here the product. Another one also multiplies the weights by its derivative, see tile_weights."""
-    return s
+def rounded_product(a, b):
+    """a b, never fused into an addition that follows: forward and backward must see the same value."""
+    if INTERPRETED:
+        return a * b
+    else:
+        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -125,3 +135,20 @@ def shifted(g, lse, shift):
 def capped_exp2(v):
     """2^v, finite even where v belongs to a weight of 0, which alone may meet a large v."""
     return tl.exp2(tl.minimum(v, 126.0))
+
+
+@triton.jit
+def softplus(v):
+    """log(1 + e^v), to the last digits also where it is tiny: log(1 + e) = 2 artanh(e / (2 + e)), whose series converges as 1/9^k."""
+    e = tl.exp(-tl.abs(v))
+    t = e / (2 + e)
+    series = 1 / 15 + tl.zeros_like(t)
+    for k in tl.static_range(6, -1, -1):
+        series = series * (t * t) + 1 / (2 * k + 1)
+    return tl.maximum(v, 0.0) + 2 * t * series
+
+
+@triton.jit
+def sigmoid(v):
+    """The derivative of softplus. 1 / inf is the right limit."""
+    return 1 / (1 + tl.exp(-v))

@@ -12,17 +12,22 @@ from torch.nn.functional import pad
 from ..engines import Call, normalised
 from . import tiles
 from ._math import LOWEST
-from .row_stats import row_stats_bwd_kernel, row_stats_fwd_kernel, row_stats_weights_kernel
+from .backward import grads_kernel, weights_kernel
+from .pair_sum import pair_sum_fwd_kernel
+from .row_stats import row_stats_fwd_kernel
 from .tiles import Tile
 
 # Partial sums per row: O(N) memory, and 48 * 49 / 2 programs keep 108, 132 or 148 multiprocessors busy in whole waves.
 GROUPS = 48
+# As many as the forward kernel of row_stats has for x against itself.
+PROGRAMS = GROUPS * (GROUPS + 1) // 2
 # |z| up to which e^z needs no shift: 2^46 of them still sum in float32, and e^-32 keeps all its digits.
 NO_SHIFT = 32.0
 # Weights of large D at a time: about an L2 cache, but at least one row of tiles (256 MiB at M = 1,048,576).
 SLAB_BYTES = 64 << 20
 # Columns are padded to a multiple of this, so that every load is a whole 32 bytes.
 ALIGN = 16
+_SETS = ("positives", "negatives")
 
 
 class _Side(NamedTuple):
@@ -30,8 +35,15 @@ class _Side(NamedTuple):
 
     rows: Tensor  # [n, D] in the product dtype, D padded
     ids: Tensor | None  # [n] int32
-    bias: Tensor | None  # [n] in units of log2(e)
-    weights: Tensor | None = None  # [2, K, n]: g, scaled, and e; None: this side has none
+    bias: Tensor | None  # [n]
+    weights: Tensor | None = None  # g, scaled, and the log-sums [2, K, n], or of a pair sum g alone [n]; None: this side has none
+
+
+class _Form(NamedTuple):
+    """Which primitive the backward kernels serve."""
+
+    term: str = "exp"
+    over: int = 1  # the set that a pair sum is over
 
 
 def row_stats_fwd(call: Call) -> tuple[Tensor, Tensor]:
@@ -48,7 +60,8 @@ def row_stats_fwd(call: Call) -> tuple[Tensor, Tensor]:
 
     rows = _Sums(x.rows, groups_y, sets, n, bounded)
     cols = rows if call.symmetric else _Sums(x.rows, groups_x, sets, m if call.both_sides else 0, bounded)
-    arguments = _arguments(call, x, y, tile, call.self_offset) | {
+    arguments = _arguments(call, x, y, tile, call.self_offset) | _score_arguments(call)
+    arguments |= {
         "p_rows_m": rows.m,
         "p_rows_s": rows.s,
         "p_cols_m": cols.m,
@@ -65,26 +78,52 @@ def row_stats_fwd(call: Call) -> tuple[Tensor, Tensor]:
     return result, result.new_empty(2, sets, 0) if call.symmetric else cols.total()
 
 
-def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: list[bool]) -> list[Tensor | None]:
+def pair_sum_fwd(call: Call, over: str, term: str) -> Tensor:
+    n, m = call.x.shape[0], call.candidates.shape[0]
+    if n == 0 or m == 0:
+        return call.x.new_zeros(n)
     x, y = _sides(call)
-    scale = _scale(row_weights, col_weights)
-    x = x._replace(weights=_scaled(row_weights, scale))
-    if call.both_sides:
-        y = y._replace(weights=_scaled(col_weights, scale))
-    elif call.symmetric:
-        y = x
+    tile = tiles.choose(tiles.FORWARD, x.rows.shape[1], x.rows.dtype, x.rows.device)
+    assert tile is not None
+    form = _Form(term, _SETS.index(over))
+    arguments = _arguments(call, x, y, tile, call.self_offset)
+    arguments |= _form_arguments(form, arguments)
+    t_x, t_y = arguments["T_X"], arguments["T_Y"]
+    groups = max(1, min(GROUPS, PROGRAMS // t_x, t_y))
+    sums = torch.empty(groups, n, dtype=torch.float32, device=x.rows.device)
+    arguments |= {"p_sums": sums, "SYMMETRIC": call.symmetric, "WHOLE_D": tile.block_d is None}
+    _launch(pair_sum_fwd_kernel, (t_x, groups), tile, arguments)
+    return sums.sum(0)
 
-    dx, drow_bias = _side_grads(call, x, y, call.self_offset, needs[0], needs[2], 1 / scale)
+
+def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    scale = _scale(_steepest(call), row_weights[0], col_weights[0])
+    row_weights, col_weights = (_scaled(call, v, scale) for v in (row_weights, col_weights))
+    return _grads(call, _Form(), row_weights, col_weights if call.both_sides else None, 1 / scale, needs)
+
+
+def pair_sum_bwd(call: Call, over: str, term: str, weights: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    scale = _scale(1.0, weights)
+    return _grads(call, _Form(term, _SETS.index(over)), weights * scale, None, 1 / scale, needs)
+
+
+def _grads(
+    call: Call, form: _Form, row_weights: Tensor, col_weights: Tensor | None, unscale: Tensor, needs: list[bool]
+) -> list[Tensor | None]:
+    x, y = _sides(call)
+    x = x._replace(weights=row_weights)
+    y = x if call.symmetric else y._replace(weights=col_weights)
+    dx, drow_bias = _side_grads(call, form, x, y, call.self_offset, needs[0], needs[2], unscale)
     to_y, to_col_bias = (not call.symmetric and need for need in (needs[1], needs[3]))
     offset = None if call.self_offset is None else -call.self_offset
-    dy, dcol_bias = _side_grads(call, y, x, offset, to_y, to_col_bias, 1 / scale)
+    dy, dcol_bias = _side_grads(call, form, y, x, offset, to_y, to_col_bias, unscale)
     return [dx, dy, drow_bias, dcol_bias]
 
 
 def _side_grads(
-    call: Call, x: _Side, y: _Side, self_offset: int | None, need_rows: bool, need_bias: bool, unscale: Tensor
+    call: Call, form: _Form, x: _Side, y: _Side, self_offset: int | None, need_rows: bool, need_bias: bool, unscale: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of x's rows and bias: A y and A 1."""
+    """The gradients of x's rows and bias: W y and A 1."""
     (n, d), m = x.rows.shape, y.rows.shape[0]
     if not (need_rows or need_bias):
         return None, None
@@ -96,17 +135,17 @@ def _side_grads(
     if tile is not None:
         dx = torch.empty(n, d, **float32)
         dbias = torch.empty(n if need_bias else 0, **float32)
-        arguments = _arguments(call, x, y, tile, self_offset) | _weight_arguments(x, y, tile, need_bias)
+        arguments = _weight_arguments(call, form, x, y, tile, self_offset, need_bias)
         arguments |= {"p_unscale": unscale, "p_dx": dx, "p_dbias": dbias}
-        _launch(row_stats_bwd_kernel, (triton.cdiv(n, tile.block_m),), tile, arguments)
+        _launch(grads_kernel, (triton.cdiv(n, tile.block_m),), tile, arguments)
     else:
-        dx, dbias = _side_grads_by_slabs(call, x, y, self_offset, need_bias)
+        dx, dbias = _side_grads_by_slabs(call, form, x, y, self_offset, need_bias)
         dx *= unscale
         dbias *= unscale
     return dx[:, : call.x.shape[1]].contiguous() if need_rows else None, dbias if need_bias else None
 
 
-def _side_grads_by_slabs(call: Call, x: _Side, y: _Side, self_offset: int | None, need_bias: bool) -> tuple[Tensor, Tensor]:
+def _side_grads_by_slabs(call: Call, form: _Form, x: _Side, y: _Side, self_offset: int | None, need_bias: bool) -> tuple[Tensor, Tensor]:
     (n, d), m = x.rows.shape, y.rows.shape[0]
     tile = tiles.choose(tiles.WEIGHTS, d, x.rows.dtype, x.rows.device)
     assert tile is not None
@@ -117,12 +156,12 @@ def _side_grads_by_slabs(call: Call, x: _Side, y: _Side, self_offset: int | None
     dx = torch.empty(n, d, dtype=torch.float32, device=x.rows.device)
     dbias = dx.new_empty(n if need_bias else 0)
     dbias_slab = dx.new_empty(t_y, len(slab) if need_bias else 0)
-    arguments = _arguments(call, x, y, tile, self_offset) | _weight_arguments(x, y, tile, need_bias)
+    arguments = _weight_arguments(call, form, x, y, tile, self_offset, need_bias)
     arguments |= {"p_slab": slab, "p_dbias": dbias_slab, "stride_slab": stride, "stride_dbias": len(slab)}
     for begin in range(0, n, len(slab)):
         part = min(len(slab), n - begin)
         span = triton.cdiv(part, tile.block_m)
-        _launch(row_stats_weights_kernel, (span * t_y,), tile, arguments | {"i_first": begin // tile.block_m, "span_x": span})
+        _launch(weights_kernel, (span * t_y,), tile, arguments | {"i_first": begin // tile.block_m, "span_x": span})
         dx[begin : begin + part] = _product(slab[:part, :m], y.rows)
         if need_bias:
             dbias[begin : begin + part] = dbias_slab[:, :part].sum(0)
@@ -170,7 +209,7 @@ def _operand(rows: Tensor, call: Call) -> Tensor:
 def _bias(bias: Tensor | None, other: Tensor | None, rows: Tensor) -> Tensor | None:
     """Both sides have a bias or none has."""
     if bias is not None:
-        return bias
+        return bias.contiguous()  # one number may have been expanded to all rows
     return None if other is None else torch.zeros(rows.shape[0], dtype=torch.float32, device=rows.device)
 
 
@@ -182,16 +221,24 @@ def _ranks(ids_x: Tensor | None, ids_y: Tensor | None) -> tuple[Tensor | None, T
     return torch.searchsorted(ids, ids_x, out_int32=True), None if ids_y is None else torch.searchsorted(ids, ids_y, out_int32=True)
 
 
-def _scale(row_weights: Tensor, col_weights: Tensor) -> Tensor:
-    """A power of two that takes the largest weight to about 2^13: no pair's overflows float16, and those down to 2^-27 of the
-    largest keep all its digits."""
-    g = torch.cat([row_weights[0].flatten(), col_weights[0].flatten()])
+def _scale(steepest: float, *weights: Tensor) -> Tensor:
+    """A power of two that takes the largest weight times the steepest score to about 2^13: no pair's overflows float16, and those
+    down to 2^-27 of the largest keep all its digits."""
+    g = torch.cat([v.flatten() for v in weights])
     top = torch.where(g.isfinite(), g, 0).abs().amax().clamp(min=2.0**-100)
-    return torch.exp2(torch.floor(13 - torch.log2(top)))
+    return torch.exp2(torch.floor(13 - math.log2(steepest) - torch.log2(top)))
 
 
-def _scaled(weights: Tensor, scale: Tensor) -> Tensor:
-    return torch.stack([weights[0] * scale, weights[1]])
+def _steepest(call: Call) -> float:
+    """The score's greatest slope where |s| <= 1."""
+    return 1.0 if call.score == "linear" else abs(call.gamma) * (2 + abs(call.m)) or 1.0
+
+
+def _scaled(call: Call, weights: Tensor, scale: Tensor) -> Tensor:
+    g, m = weights
+    if call.score == "circle":  # the kernels know the slope's magnitude, which for positives is negative
+        g = torch.stack([-g[0], g[1]])
+    return torch.stack([g * scale, m])
 
 
 def _arguments(call: Call, x: _Side, y: _Side, tile: Tile, self_offset: int | None) -> dict[str, Any]:
@@ -232,13 +279,51 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if setting in ("tf32", "high", "medium") else "ieee"
 
 
-def _weight_arguments(x: _Side, y: _Side, tile: Tile, bias_grad: bool) -> dict[str, Any]:
-    """What the kernels of the backward pass take besides."""
+def _score_arguments(call: Call) -> dict[str, Any]:
     return {
+        "p_cutoff": call.cutoff,
+        "m": float(call.m),
+        "gamma": float(call.gamma),
+        "SCORE": call.score,
+        "HAS_CUTOFF": call.cutoff is not None,
+    }
+
+
+def _form_arguments(form: _Form, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What sums of one set take besides; row_stats visits all tiles."""
+    visits = None
+    if form.term != "exp" and arguments["SETS"] == 2:
+        visits = _visits(form.over, arguments["p_range_x"], arguments["p_range_y"])
+    return {"p_visits": visits, "TERM": form.term, "OVER": form.over, "HAS_VISITS": visits is not None}
+
+
+def _visits(over: int, range_x: Tensor, range_y: Tensor) -> Tensor:
+    """[3, T_X] of begin, length and count: a tile row visits `count` tile columns in order, skipping `length` of them from `begin`
+    on, and meets all pairs of the set; in label order, no tile that the ranges rule out."""
+    (low_x, high_x), t_y = range_x, range_y.shape[1]
+    least_from = range_y[0].flip(0).cummin(0).values.flip(0)
+    greatest_to = range_y[1].cummax(0).values
+    if over == 0:  # from the first tile that reaches up to the row's labels to the last that reaches down to them
+        first = torch.searchsorted(greatest_to, low_x, out_int32=True)
+        last = torch.searchsorted(least_from, high_x, right=True, out_int32=True)
+        return torch.stack([torch.zeros_like(first), first, (last - first).clamp(min=0)])
+    # all but those, next to each other, that have the row tile's one label alone
+    first = torch.searchsorted(least_from, low_x, out_int32=True)
+    last = torch.searchsorted(greatest_to, low_x, right=True, out_int32=True)
+    length = torch.where(low_x == high_x, (last - first).clamp(min=0), 0)
+    return torch.stack([first, length, t_y - length])
+
+
+def _weight_arguments(call: Call, form: _Form, x: _Side, y: _Side, tile: Tile, self_offset: int | None, bias_grad: bool) -> dict[str, Any]:
+    """What the kernels of the backward pass take: x is the side whose gradients are wanted."""
+    arguments = _arguments(call, x, y, tile, self_offset) | _score_arguments(call)
+    log_sums = form.term == "exp"
+    return arguments | {
+        **_form_arguments(form, arguments),
         "p_weights_x": x.weights,
         "p_weights_y": y.weights,
-        "p_log_sums_x": _log_sum_ranges(x, tile.block_m),
-        "p_log_sums_y": _log_sum_ranges(y, tile.block_n),
+        "p_log_sums_x": _log_sum_ranges(x, tile.block_m) if log_sums else None,
+        "p_log_sums_y": _log_sum_ranges(y, tile.block_n) if log_sums else None,
         "ROLE_X": x.weights is not None,
         "ROLE_Y": y.weights is not None,
         "BIAS_GRAD": bias_grad,

@@ -48,7 +48,7 @@ BACKWARD = (
     Row(64, 16, 89, Tile(128, 32, None, 8, 3), "128 x 64 with biases: an extra layout of the tile, which spills, here and below"),
     Row(128, 16, 89, Tile(64, 64, None, 4, 3), "128 x 64 with biases spills 440 times in the loop"),
     Row(256, 16, 89, Tile(64, 32, None, 4, 2), "128 x 32 with biases spills 200 times in the loop"),
-    Row(128, 16, 90, Tile(128, 64, None, 8, 3), "128 x 128 spills; this on sm_100, whose threads hold whole rows of a tile"),
+    Row(128, 16, 90, Tile(128, 64, None, 8, 2), "128 x 128 spills; 3 stages do with a circle's slopes; this on sm_100"),
     Row(256, 16, ANY, Tile(128, 32, None, 8, 2), "the gradient's 128 registers a thread leave room for 32 columns"),
     Row(64, 32, ANY, Tile(64, 32, None, 8, 2), "4 warps spill; wider rows go through the slab, to the library's float32 product"),
 )
