@@ -30,7 +30,7 @@ from pairloss.engines import Call
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIMS = (64, 128, 256, 512)
-MODES = ("all", "ids", "ids, any tau", "ids, bias", "two sets", "both sides")
+MODES = ("all", "ids", "ids, any tau", "ids, bias", "two sets", "both sides", "circle", "cutoff", "positives", "negatives")
 # Shared memory that one program can have, bytes: CUDA C++ Programming Guide, table of technical specifications.
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 # The matrix instruction of the architecture: mma, wgmma, tcgen05.
@@ -72,14 +72,24 @@ def launches(arch: int, dtype: torch.dtype, d: int, modes: Iterable[str]) -> Ite
         "ids, bias": replace(everything, ids_x=ids, row_bias=torch.zeros(n), logit_bound=float("inf")),
         "two sets": replace(everything, y=y, ids_x=ids, ids_y=ids, self_offset=None),
         "both sides": replace(everything, y=y, both_sides=True, self_offset=None),
+        "circle": replace(everything, ids_x=ids, score="circle", m=0.25, gamma=256.0, logit_bound=float("inf")),
+        "cutoff": replace(everything, y=y, cutoff=torch.tensor(0.5), self_offset=None),
+        # sums of pairs: x against itself with both roles and a bias, and two sets without ids
+        "positives": replace(everything, ids_x=ids, row_bias=torch.zeros(n)),
+        "negatives": replace(everything, y=y, row_bias=torch.zeros(n), col_bias=torch.zeros(n), self_offset=None),
     }
     assert set(calls) == set(MODES)
     for mode in modes:
         call = calls[mode]
+        needs = [True, False, call.row_bias is not None, False]
         with _recorded(arch) as record:
-            host.row_stats_fwd(call)
-            rows, cols = torch.zeros(2, call.num_sets, n), torch.zeros(2, call.num_sets, n if call.both_sides else 0)
-            host.row_stats_bwd(call, rows, cols, [True, False, call.row_bias is not None, False])
+            if mode in ("positives", "negatives"):
+                host.pair_sum_fwd(call, mode, "softplus")
+                host.pair_sum_bwd(call, mode, "softplus", torch.zeros(n), needs)
+            else:
+                host.row_stats_fwd(call)
+                rows, cols = torch.zeros(2, call.num_sets, n), torch.zeros(2, call.num_sets, n if call.both_sides else 0)
+                host.row_stats_bwd(call, rows, cols, needs)
         for kernel, arguments, options, tile in record:
             yield Launch(mode, kernel, arguments, options, tile)
 
@@ -109,6 +119,8 @@ def compiled(launch: Launch, arch: int) -> CompiledKernel:
         elif parameter.is_constexpr or value is None:
             signature[parameter.name] = "constexpr"
             constexprs[parameter.name] = value
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32"
             # N, M and the tile counts of a real call may be anything.

@@ -16,10 +16,12 @@ if os.environ.get("TRITON_INTERPRET"):
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import aot
 
-# What takes most registers: labels and a running maximum forward; labels, both roles of a pair and biases backward.
+# What takes most registers: labels and a running maximum forward; labels, both roles of a pair and biases or slopes backward.
 FORWARD = [("row_stats_fwd", "ids, any tau", arch, d) for arch, d in ((80, 128), (90, 128), (90, 256), (100, 128))]
-BACKWARD = [("row_stats_bwd", "ids, bias", arch, d) for d in (64, 128, 256) for arch in (80, 90, 100)]
-SLAB = [("row_stats_weights", "ids, bias", arch, 512) for arch in (80, 90, 100)]
+BACKWARD = [("grads", "ids, bias", arch, d) for d in (64, 128, 256) for arch in (80, 90, 100)]
+SLAB = [("weights", "ids, bias", arch, 512) for arch in (80, 90, 100)]
+CIRCLE = [("row_stats_fwd", "circle", 90, 128), *(("grads", "circle", arch, d) for arch, d in ((80, 128), (90, 128), (100, 256)))]
+PAIR_SUM = [("pair_sum_fwd", "positives", 90, 128), ("grads", "positives", 80, 256), ("grads", "positives", 90, 128)]
 
 
 def report(kernel: str, mode: str, arch: int, d: int) -> aot.Report:
@@ -27,7 +29,7 @@ def report(kernel: str, mode: str, arch: int, d: int) -> aot.Report:
     return aot.report(aot.compiled(launch, arch), arch)
 
 
-@pytest.mark.parametrize(("kernel", "mode", "arch", "d"), FORWARD + BACKWARD + SLAB)
+@pytest.mark.parametrize(("kernel", "mode", "arch", "d"), FORWARD + BACKWARD + SLAB + CIRCLE + PAIR_SUM)
 def test_no_spills_in_loops_and_matrix_units_are_used(kernel, mode, arch, d):
     seen = report(kernel, mode, arch, d)
     assert seen.loop_spills == 0, seen
@@ -37,5 +39,5 @@ def test_no_spills_in_loops_and_matrix_units_are_used(kernel, mode, arch, d):
 
 def test_loops_are_found():
     """Or the test above would pass whatever spills: the products of the backward pass are in its loop over tiles."""
-    seen = report("row_stats_bwd", "ids, bias", 80, 128)
+    seen = report("grads", "ids, bias", 80, 128)
     assert seen.loop_matrix == seen.matrix

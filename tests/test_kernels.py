@@ -1,0 +1,95 @@
+"""What only engines with kernels have: their scalar functions, the slab of weights for wide rows, the tiles they don't visit."""
+
+import importlib.util
+
+import pytest
+import torch
+from conftest import INTERPRETED, TILED, assert_rule, tiles
+
+from pairloss.ops import pair_sum, row_stats
+
+WIDE = 300  # columns: more than the kernels keep a gradient of in registers
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("over", ["positives", "negatives"])
+@pytest.mark.parametrize("engine", TILED, ids=lambda engine: "-".join(engine))
+def test_softplus_keeps_its_digits(engine, over):
+    """A sum of one term each: log(1 + e^z) with 1 + e^z rounded would be 0 from z = -17 on."""
+    z = torch.linspace(-80, 80, 161)
+    # Tiles of one label: all are negatives. One candidate: every pair is a positive.
+    ids = {"ids_x": torch.zeros(161, dtype=torch.long), "ids_y": torch.full((1,), 0 if over == "positives" else 1)}
+    moved = {name: v.to(engine.device) for name, v in ids.items()}
+    x = z[:, None].to(engine.device).requires_grad_()
+    sums = pair_sum(x, torch.ones(1, 1, device=engine.device), **moved, over=over, backend=engine.name)
+    (grad,) = torch.autograd.grad(sums.sum(), x)
+    sign = -1 if over == "positives" else 1
+    truth = torch.nn.functional.softplus(sign * z.double(), threshold=1e3)
+    slope = sign * torch.sigmoid(sign * z.double())
+    # An exponential of z is off by the rounding of z itself, 80 * 2^-24.
+    assert ((sums.detach().cpu() - truth).abs() <= 1e-5 * truth).all()
+    assert ((grad[:, 0].cpu() - slope).abs() <= 1e-5 * slope.abs()).all()
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("primitive", ["circle", "positives", "negatives"])
+@pytest.mark.parametrize("engine", TILED, ids=lambda engine: "-".join(engine))
+def test_wide_rows(engine, primitive, dtype):
+    """Tiles without pairs that count among them, and a circle whose slopes reach 500."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(40, WIDE, generator=generator, dtype=torch.float64)).to(dtype).double()
+    ids = torch.arange(40) // 7
+
+    def run(backend: str, device: str, to: torch.dtype, product_dtype: torch.dtype):
+        leaf = x.to(device, to).requires_grad_()
+        options = {"ids_x": ids.to(device), "self_offset": 0, "product_dtype": product_dtype, "backend": backend}
+        if primitive == "circle":
+            out = row_stats(leaf, **options, score="circle", m=0.25, gamma=256.0)[0]
+            out = torch.where(out == -torch.inf, 0, out)
+        else:
+            out = pair_sum(leaf, **options, over=primitive)
+        weights = torch.linspace(0.5, 1, out.numel(), dtype=to, device=device).view_as(out)
+        return out.detach(), torch.autograd.grad((out * weights).sum(), leaf)[0]
+
+    truth = run("reference", "cpu", torch.float64, torch.float64)
+    eager = run("reference", "cpu", torch.float32, dtype)
+    with tiles(16):
+        ours = run(engine.name, engine.device, torch.float32, dtype)
+    for name, *values in zip(("values", "gradient"), ours, truth, eager, strict=True):
+        assert_rule(name, *values, dtype)
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="host code, tested without the interpreter")
+@pytest.mark.parametrize("over", [0, 1], ids=["positives", "negatives"])
+@pytest.mark.parametrize("order", ["sorted", "nearly sorted", "random", "one label", "singletons"])
+def test_visited_tiles(order, over):
+    """All tiles with pairs of the set, and in label order none that its ranges of labels rule out."""
+    from pairloss.kernels import launch
+
+    generator = torch.Generator().manual_seed(0)
+    for n, m in ((37, 61), (64, 64), (5, 90)):
+        ids_x, ids_y = (torch.randint(0, 6, (size,), generator=generator, dtype=torch.int32) for size in (n, m))
+        if order == "one label":
+            ids_x, ids_y = torch.zeros_like(ids_x), torch.zeros_like(ids_y)
+        elif order == "singletons":
+            ids_x, ids_y = torch.arange(n, dtype=torch.int32), torch.arange(m, dtype=torch.int32)
+        elif "sorted" in order:
+            ids_x, ids_y = ids_x.sort().values, ids_y.sort().values
+        if order == "nearly sorted":
+            ids_y[:: m // 3] = 3
+        ranges = launch._tile_ranges(ids_x, ids_x, 8), launch._tile_ranges(ids_y, ids_y, 4)
+        for row, (begin, length, count) in zip(ids_x.split(8), launch._visits(over, *ranges).T.tolist(), strict=True):
+            visited = {number + (length if number >= begin else 0) for number in range(count)}
+            same = {j: row[:, None] == part for j, part in enumerate(ids_y.split(4))}
+            assert visited <= set(same)
+            assert visited >= {j for j, part in same.items() if (part if over == 0 else ~part).any()}
+            if order in ("sorted", "one label", "singletons"):
+                ruled_out = {
+                    j
+                    for j, part in enumerate(ids_y.split(4))
+                    if (part.max() < row.min() or part.min() > row.max() if over == 0 else same[j].all())
+                }
+                assert not visited & ruled_out
