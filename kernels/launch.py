@@ -221,17 +221,25 @@ def _ranks(ids_x: Tensor | None, ids_y: Tensor | None) -> tuple[Tensor | None, T
     return torch.searchsorted(ids, ids_x, out_int32=True), None if ids_y is None else torch.searchsorted(ids, ids_y, out_int32=True)
 
 
-def _scale(steepest: float, *weights: Tensor) -> Tensor:
-    """A power of two that takes the largest weight times the steepest score to about 2^13: no pair's overflows float16, and those
-    down to 2^-27 of the largest keep all its digits."""
+def _scale(steepest: Tensor | float, *weights: Tensor) -> Tensor:
+    """A power of two that takes the largest weight times the score's steepest slope to about 2^13: no pair's overflows float16,
+    and those down to 2^-27 of the largest keep all its digits."""
     g = torch.cat([v.flatten() for v in weights])
-    top = torch.where(g.isfinite(), g, 0).abs().amax().clamp(min=2.0**-100)
-    return torch.exp2(torch.floor(13 - math.log2(steepest) - torch.log2(top)))
+    top = _largest(torch.where(g.isfinite(), g, 0)) * steepest
+    return torch.exp2(torch.floor(13 - torch.log2(top.clamp(min=2.0**-100))))
 
 
-def _steepest(call: Call) -> float:
-    """The score's greatest slope where |s| <= 1."""
-    return 1.0 if call.score == "linear" else abs(call.gamma) * (2 + abs(call.m)) or 1.0
+def _steepest(call: Call) -> Tensor | float:
+    """A bound on the score's slope, from |s_ij| <= |x| |y|."""
+    if call.score == "linear":
+        return 1.0
+    longest_x, longest_y = (_largest(torch.linalg.vector_norm(rows, dim=1)) for rows in (call.x, call.candidates))
+    return abs(call.gamma) * ((longest_x * longest_y).nan_to_num() + 1 + abs(call.m))
+
+
+def _largest(values: Tensor) -> Tensor:
+    """The greatest magnitude, 0 of nothing."""
+    return pad(values, (0, 1)).abs().amax()
 
 
 def _scaled(call: Call, weights: Tensor, scale: Tensor) -> Tensor:
