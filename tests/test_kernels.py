@@ -8,6 +8,7 @@ from conftest import INTERPRETED, TILED, assert_rule, tiles
 
 from pairloss.ops import pair_sum, row_stats
 
+KERNELS = [engine for engine in TILED if engine.name == "triton"]
 WIDE = 300  # columns: more than the kernels keep a gradient of in registers
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -59,6 +60,24 @@ def test_wide_rows(engine, primitive, dtype):
         ours = run(engine.name, engine.device, torch.float32, dtype)
     for name, *values in zip(("values", "gradient"), ours, truth, eager, strict=True):
         assert_rule(name, *values, dtype)
+
+
+@pytest.mark.engines
+@pytest.mark.skipif(not KERNELS, reason="no engine with kernels can run here")
+@pytest.mark.parametrize(("n", "m"), [(0, 3), (3, 0), (0, 0)])
+@pytest.mark.parametrize("engine", KERNELS, ids=lambda engine: "-".join(engine))
+def test_nothing_to_compare(engine, n, m):
+    x, y = (torch.ones(size, 4, device=engine.device).requires_grad_() for size in (n, m))
+    ids = {"ids_x": torch.zeros(n, dtype=torch.long, device=engine.device), "ids_y": torch.zeros(m, dtype=torch.long, device=engine.device)}
+    rows, cols = row_stats(x, y, **ids, score="circle", both_sides=True, backend=engine.name)
+    sums = pair_sum(x, y, **ids, over="negatives", backend=engine.name)
+    assert rows.shape == (2, n)
+    assert cols.shape == (2, m)
+    assert (torch.cat([rows, cols], 1) == -torch.inf).all()
+    assert torch.equal(sums, torch.zeros_like(sums))
+    total = sums.sum() + torch.where(rows == -torch.inf, 0, rows).sum() + torch.where(cols == -torch.inf, 0, cols).sum()
+    for leaf, grad in zip((x, y), torch.autograd.grad(total, (x, y)), strict=True):
+        assert torch.equal(grad, torch.zeros_like(leaf))
 
 
 @needs_triton
