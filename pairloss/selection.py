@@ -13,7 +13,7 @@ from .engines import Call
 from .reference import rounded, same_id
 
 # Values in memory at a time, beside O(N K): a few such slabs, or of one row of pairs if that is longer.
-SLAB = 1 << 22
+SLAB = 1 << 21
 
 
 def top_k(call: Call, k: int) -> Tensor:

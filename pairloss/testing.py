@@ -236,7 +236,7 @@ def _contrastive_sample(n: int, d: int, seed: int, option: str) -> Sample:
 
 def _nt_xent_sample(n: int, d: int, seed: int, option: str) -> Sample:
     sample, words = _pairs("view_a", "view_b", n, d, seed, option), option.split("-")
-    sample.others.update({name: value for name, value in {"decoupled": True, "tau_plus": 0.1, "beta": 0.5}.items() if name in words})
+    sample.others.update({name: value for name, value in {"decoupled": True, "tau_plus": 0.02, "beta": 0.5}.items() if name in words})
     return _with_tau(sample, option, d)
 
 

@@ -241,6 +241,8 @@ class _Pairs:
         """Of |z|: what the caller vouches for, or |x| |y|, where looking is free."""
         if not self.host or self.call.row_bias is not None or self.call.col_bias is not None or self.call.score != "linear":
             return self.call.logit_bound
+        if 0 in (len(self.x), len(self.y)):
+            return 0.0
         longest = [torch.linalg.vector_norm(rows, dim=1).amax().item() for rows in ((self.x,) if self.call.symmetric else (self.x, self.y))]
         return longest[0] * longest[-1]
 
@@ -257,6 +259,8 @@ class _Pairs:
         """(least, greatest) per tile of a vector on the host, without the entries that are empty."""
         low = values if empty is None else torch.where(empty, math.inf, values)
         high = values if empty is None else torch.where(empty, -math.inf, values)
+        if not len(values):
+            return []
         lows = torch.stack([part.amin() for part in low.split(self.tile)]).tolist()
         highs = torch.stack([part.amax() for part in high.split(self.tile)]).tolist()
         return list(zip(lows, highs, strict=True))

@@ -27,7 +27,7 @@ def arguments(option: str):
     return x, y, others
 
 
-@pytest.mark.parametrize("slab", [40, 1 << 22])
+@pytest.mark.parametrize("slab", [40, 1 << 21])
 @pytest.mark.parametrize("looking", [True, False])
 @pytest.mark.parametrize("k", [1, 7, 23])
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_nan_is_chosen():
     assert selected_products(x, y, chosen).isnan().any(1).all()
 
 
-@pytest.mark.parametrize("slab", [16, 1 << 22])
+@pytest.mark.parametrize("slab", [16, 1 << 21])
 def test_gradcheck_of_the_selected_products(monkeypatch, slab):
     monkeypatch.setattr(selection, "SLAB", slab)
     x, y, _ = arguments("two")
