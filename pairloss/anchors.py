@@ -47,6 +47,7 @@ def labelled(
             raise ValueError(f"ref_labels: expected shape [M, {', '.join(map(str, labels.shape[1:]))}], got {list(ref_labels.shape)}")
         ref_features = real_view(ref_features)
     _check_weights(features, weight, class_weight, ignore_index)
+    labels, ref_labels = labels.long(), None if ref_labels is None else ref_labels.long()  # before any comparison: uint8 wraps
     if labels.ndim == 2 and (class_weight is not None or ignore_index is not None):
         raise ValueError("class_weight, ignore_index: expected None with multi-hot labels; use weight")
     ignored, ref_ignored = (None if ignore_index is None or v is None else v == ignore_index for v in (labels, ref_labels))
@@ -59,7 +60,7 @@ def labelled(
 def _ids(labels: Tensor) -> Tensor:
     """Labels as int64; multi-hot ones as words of 64 classes."""
     if labels.ndim == 1:
-        return labels.long()
+        return labels
     bits = torch.nn.functional.pad((labels != 0).long(), (0, -labels.shape[1] % 64)).unflatten(1, (-1, 64))
     return (bits << torch.arange(64, device=labels.device)).sum(2)
 
@@ -96,7 +97,7 @@ def weights(
         raise ValueError(
             f"labels: expected 0..{num_classes - 1} because class_weight has {num_classes} entries, got {labels[outside][0].item()}"
         )
-    of_class = class_weight.to(dtype)[labels.clamp(0, num_classes - 1).long()]
+    of_class = class_weight.to(dtype)[labels.clamp(0, num_classes - 1)]
     of_class = torch.where(outside, torch.nan, of_class)
     return of_class if result is None else result * of_class
 
@@ -105,7 +106,11 @@ def reduce(losses: Tensor, counts: Tensor, weight: Tensor | None, reduction: str
     """none: w_i l_i, 0 where the anchor doesn't count. sum: their sum. mean: sum(w l) / sum(w) over anchors that count, 0 if none does."""
     if ignored is not None:
         counts = counts & ~ignored
-    weighted = torch.where(counts, losses if weight is None else weight * losses, 0)
+    if weight is None:
+        weighted = torch.where(counts, losses, 0)
+    else:  # a weight of 0 silences an infinite loss, but no NaN
+        silent = (weight == 0) & losses.isinf()
+        weighted = torch.where(counts & ~silent, weight * torch.where(silent, 0, losses), 0)
     if reduction == "none":
         return weighted
     total = weighted.sum()

@@ -29,7 +29,7 @@ _library.define(f"row_stats({_ROW_STATS}) -> (Tensor rows, Tensor cols, Tensor r
 _library.define(f"row_stats_backward({_ROW_STATS}, Tensor row_weights, Tensor col_weights, bool[] needs) -> Tensor[]")
 _library.define(f"pair_sum({_PAIR_SUM}) -> Tensor")
 _library.define(f"pair_sum_backward({_PAIR_SUM}, Tensor weights, bool[] needs) -> Tensor[]")
-_library.define(f"top_k({_PAIRS}, int k) -> Tensor")
+_library.define(f"top_k({_PAIRS}, Tensor? cutoff, int k) -> Tensor")
 _library.define(f"selected_products({_SELECTED}) -> Tensor")
 _library.define(f"selected_products_backward({_SELECTED}, Tensor weights, bool[] needs) -> Tensor[]")
 
@@ -38,7 +38,7 @@ def _row_stats(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *call_args, backend = args
     call = Call(*call_args)
     engine = engines.choose(call, backend)
-    with engines.without_autocast(call):
+    with engines.without_autocast(call.x):
         order = LabelOrder(call, engine)
         row_sums, col_sums = engine.row_stats_fwd(order.call)
         row_sums, col_sums = order.unordered_rows(row_sums, 2), order.unordered_cols(col_sums, 2)
@@ -54,7 +54,7 @@ def _row_stats_backward(*args: Any) -> list[Tensor]:
     *call_args, backend, row_weights, col_weights, needs = args
     call = Call(*call_args)
     engine = engines.choose(call, backend)
-    with engines.without_autocast(call):
+    with engines.without_autocast(call.x):
         order = LabelOrder(call, engine)
         grads = engine.row_stats_bwd(order.call, order.rows(row_weights), order.cols(col_weights), needs)
         return _needed(order.unordered_grads(*grads), needs)
@@ -70,7 +70,7 @@ def _pair_sum(*args: Any) -> Tensor:
     *pairs, over, term, backend = args
     call = Call(*pairs)
     engine = engines.choose(call, backend)
-    with engines.without_autocast(call):
+    with engines.without_autocast(call.x):
         order = LabelOrder(call, engine)
         return order.unordered_rows(engine.pair_sum_fwd(order.call, over, term), 0)
 
@@ -79,16 +79,16 @@ def _pair_sum_backward(*args: Any) -> list[Tensor]:
     *pairs, over, term, backend, weights, needs = args
     call = Call(*pairs)
     engine = engines.choose(call, backend)
-    with engines.without_autocast(call):
+    with engines.without_autocast(call.x):
         order = LabelOrder(call, engine)
         grads = engine.pair_sum_bwd(order.call, over, term, order.rows(weights), needs)
         return _needed(order.unordered_grads(*grads), needs)
 
 
 def _top_k(*args: Any) -> Tensor:
-    *pairs, k = args
-    call = Call(*pairs)
-    with engines.without_autocast(call):
+    *call_args, k = args
+    call = Call(*call_args)
+    with engines.without_autocast(call.x):
         return selection.top_k(call, k)
 
 

@@ -99,7 +99,7 @@ def same_device(name: str, value: Tensor, like: Tensor) -> None:
 def scalar(name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype) -> float | Tensor:
     """A number, or a 0-dim tensor, which is not looked at (that would wait for the device)."""
     if not isinstance(value, Tensor):
-        number(name, value)
+        finite(name, value)
         return float(value)
     if value.ndim != 0 or not value.is_floating_point():
         raise ValueError(f"{name}: expected a number or a 0-dim floating-point tensor, got {value.dtype} {list(value.shape)}")

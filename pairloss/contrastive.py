@@ -46,13 +46,14 @@ def contrastive(
         negative_keys: more negatives, [M, D] for all queries, or [N, M, D] for each its own.
         in_batch: whether the other keys of the batch are negatives; False needs negative_keys.
         top_k: only the K most similar negatives of each query count (all, where it has fewer); biases count as similarity.
-        threshold: only negatives with a similarity (before tau) of at least this count.
+        threshold: only negatives with a similarity (before tau) of at least this count, as far as rounding tells; top_k is among
+            them.
         both_sides: the mean of this loss and the one with the roles of query and key swapped, from one pass. negative_keys are
             negatives of queries only.
         ids: [N] integers; a key with the query's id that is not its own is neither positive nor negative (the same item twice).
         negative_ids: [M] or [N, M], the ids of negative_keys; without them, none of those is the query's item.
         key_bias: [N], added to every logit of that key; -log Q(key) corrects for sampling keys with probability Q. -inf: the
-            key is nobody's negative (its own query's loss is then infinite).
+            key is nobody's negative (its own query's loss is then infinite, unless its weight is 0; as an anchor it has loss 0).
         negative_bias: [M] or [N, M], the same for negative_keys; -inf masks one (``FeatureQueue.bias``).
         metric: "cosine", or "dot" (rows as they come).
         weight: [N], weight of each pair.
@@ -92,6 +93,8 @@ def contrastive(
     key_bias, negative_bias = (None if bias is None else bias.to(dtype) for bias in (key_bias, negative_bias))
     cutoff = None if threshold is None else torch.as_tensor(threshold / tau, dtype=dtype, device=query.device).detach()
 
+    if top_k is not None and top_k >= (len(query) - 1 if in_batch else 0) + (0 if negative_keys is None else negative_keys.shape[-2]):
+        top_k = None
     negatives: list[Tensor] = []  # of each source a log-sum [N, 1], or with top_k the logits of the greatest [N, K]
     neg_of_key = None
     if in_batch:
@@ -112,7 +115,13 @@ def contrastive(
         pos = pos + key_bias
     losses = -logsigmoid(pos - neg)
     if neg_of_key is not None:
-        losses = (losses - logsigmoid(pos - _log_sum(neg_of_key))) / 2
+        neg_of_key = _log_sum(neg_of_key)
+        if key_bias is None:
+            margin = pos - neg_of_key
+        else:  # a masked key is no anchor
+            masked = key_bias == -torch.inf
+            margin = torch.where(masked, torch.inf, torch.where(masked, 0, pos) - torch.where(masked, 0, neg_of_key))
+        losses = (losses - logsigmoid(margin)) / 2
     return anchors.reduce_all(losses, weight, reduction)
 
 
@@ -156,7 +165,7 @@ def simple_contrastive(
     rows = prepare(real_view(query), real_view(key), 1.0, metric, None, None)
     assert rows.y is not None
     pos = rows.products(rows.y)
-    if top_k is None:
+    if top_k is None or top_k >= len(query) - 1:
         negatives = rows.products(rows.y.sum(0).expand_as(rows.x)) - pos
     else:
         hardest = Candidates(rows, None, None, 0, None, backend).hardest(top_k)
@@ -285,11 +294,10 @@ class Candidates(NamedTuple):
         """[N, K]: the K greatest logits; -inf where there are fewer."""
         x, y, bias = self.rows.x, self.rows.y, self.rows.col_bias
         assert y is not None
-        how = {"product_dtype": self.rows.product_dtype}
-        index = ops.top_k(x, y, min(k, len(y)), self.ids_x, self.ids_y, self.self_offset, bias, backend=self.backend, **how)
-        z = ops.selected_products(x, y, index, **how)
-        if self.cutoff is not None:
-            z = z.masked_fill(z < self.cutoff, -torch.inf)
+        dtype = self.rows.product_dtype
+        pairs = (self.ids_x, self.ids_y, self.self_offset, bias, self.cutoff)
+        index = ops.top_k(x, y, min(k, len(y)), *pairs, product_dtype=dtype, backend=self.backend)
+        z = ops.selected_products(x, y, index, product_dtype=dtype)
         return z if bias is None else z + bias[index.clamp(min=0).long()]
 
     def swapped(self) -> "Candidates":

@@ -90,9 +90,9 @@ def normalised(s: Tensor, m: Tensor) -> Tensor:
     return torch.stack([torch.where(empty, 0, s * (m - log_sum).exp()), torch.where(empty, 0, log_sum)])
 
 
-def without_autocast(call: Call) -> AbstractContextManager[None]:
+def without_autocast(rows: Tensor) -> AbstractContextManager[None]:
     """The call says in which dtype to multiply; autocast must not change its mind."""
-    device = call.x.device.type
+    device = rows.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 

@@ -33,7 +33,7 @@ def clip(
             is "cosine" (rows that are unit already stay as they are).
         logit_scale: c > 0, the multiplier itself, already exponentiated: a number or a 0-dim tensor, which may be learnable
             (``pairloss.nn.LogitScale``).
-        label_smoothing: 0 <= e < 1: (1 - e) of the weight on the pair, e spread evenly over all N candidates.
+        label_smoothing: 0 <= e < 1: (1 - e) of the weight on the pair, e spread evenly over all N candidates. Not with ids.
         ids: [N] integers; a candidate with the anchor's id that is not its own is neither positive nor negative.
         metric: "cosine", or "dot" (rows as they come).
         weight: [N], weight of each pair.
@@ -60,6 +60,8 @@ def clip(
     checks.options(label_smoothing=label_smoothing, reduction=reduction, backend=backend)
     checks.similarity(metric)
     checks.paired("image", image, "text", text, ids, weight)
+    if label_smoothing and ids is not None:
+        raise ValueError(f"label_smoothing: expected 0 with ids, whose copies it would spread weight on, got {label_smoothing}")
     logit_scale = checks.temperature("logit_scale", logit_scale, image, loss_dtype(image))
     rows = prepare(real_view(image), real_view(text), 1 / logit_scale, metric, None, None)
     assert rows.y is not None

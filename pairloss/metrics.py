@@ -84,9 +84,11 @@ def alignment(
     x, y = (real_view(v).to(loss_dtype(v)) for v in (x, y))
     if metric == "cosine":
         x, y = unit(x), unit(y)
-    square = (x - y).square().sum(1)
-    same = square == 0
-    return anchors.reduce_all(torch.where(same, 0, torch.where(same, 1, square) ** (alpha / 2)), weight, reduction)
+    difference = x - y
+    size = difference.detach().abs().amax(1)  # out of the squares, which would overflow long before the distance
+    same = size == 0
+    distance = size * (difference / torch.where(same, 1, size)[:, None]).square().sum(1).masked_fill(same, 1).sqrt()
+    return anchors.reduce_all(torch.where(same, 0, distance.masked_fill(same, 1) ** alpha), weight, reduction)
 
 
 def tolerance(

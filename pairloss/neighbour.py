@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from . import anchors, checks
-from .prepare import prepare
+from .prepare import loss_dtype, prepare, real_view
 
 
 def snnl(
@@ -44,12 +44,13 @@ def snnl(
     Args:
         features: [N, D], N >= 1, D >= 1, any strides; float64, float32, float16, bfloat16 or complex (compared by
             Re <a, conj b>). They are normalised inside when metric is "cosine".
-        labels: [N], any integers; equal means positive.
+        labels: [N], any integers, equal means positive; or [N, C] multi-hot (not 0: has the class), positive when two rows share a
+            class, without class_weight and ignore_index.
         tau: temperature, a number > 0 or a 0-dim tensor, which may be learnable. It divides the distance.
         metric: "cosine", "sqeuclidean", or "dot" (rows as they come).
         eps: 0 for the exact loss, else the constant of the stabilised formula (the literature uses 1e-5).
         ref_features: [M, D], what the anchors are compared with instead (a memory bank); no pair is left out then.
-        ref_labels: [M], the labels of ref_features.
+        ref_labels: [M] (or [M, C]), the labels of ref_features.
         weight: [N], weight of each anchor.
         focal: gamma >= 0; multiplies l_i by (1 - p_i)^gamma, p_i the fraction inside the logarithm.
         no_positive: anchors without positives leave the mean ("skip") or count with loss 0 ("zero"). With eps > 0 they
@@ -138,12 +139,13 @@ def entanglement(
     Comparable between layers and epochs, whose distances differ in scale, where a loss at one temperature is not.
 
     Args:
-        features, labels, ignore_index, backend: as in :func:`pairloss.snnl`.
+        features, ignore_index, backend: as in :func:`pairloss.snnl`.
+        labels: [N], any integers.
         metric: "cosine" or "sqeuclidean".
 
     Returns:
         (loss, tau), 0-dim tensors. The loss is differentiable, with tau held constant, which at the minimum is the whole gradient.
-        If no anchor counts, the loss is 0 and tau means nothing.
+        If no anchor counts, the loss is 0 and tau means nothing; a tau at the end of its range says that there is no minimum.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, device or range. RuntimeError: a backend that can't run.
@@ -154,28 +156,30 @@ def entanglement(
     Source: Frosst, Papernot and Hinton 2019, section 2.
     """
     checks.choice("metric", metric, ("cosine", "sqeuclidean"))
+    checks.features("features", features)
+    checks.labels("labels", labels, features, multi_hot=False)
 
     def at(log_tau: Tensor) -> Tensor:
         return snnl(features, labels, log_tau.exp(), metric=metric, ignore_index=ignore_index, backend=backend)
 
     with torch.no_grad():
-        loss = at(torch.zeros((), device=features.device))  # checks the arguments, and has the dtype
-        grid = torch.linspace(math.log(1e-3), math.log(1e2), 16, dtype=loss.dtype, device=loss.device)
+        grid = torch.linspace(math.log(1e-3), math.log(1e2), 16, dtype=loss_dtype(features), device=features.device)
         if metric == "sqeuclidean":
-            used = torch.ones_like(labels, dtype=loss.dtype) if ignore_index is None else (labels != ignore_index).to(loss.dtype)
-            grid = grid + _mean_square_distance(features.to(loss.dtype), used).log()
-        best = grid[torch.stack([at(log_tau) for log_tau in grid]).argmin()]
+            used = torch.ones_like(labels, dtype=grid.dtype) if ignore_index is None else (labels.long() != ignore_index).to(grid.dtype)
+            grid = grid + _mean_square_distance(real_view(features).to(grid.dtype), used).log()
+        best = grid.gather(0, torch.stack([at(log_tau) for log_tau in grid]).argmin()[None])[0]
         low, high = best - grid.diff()[0], best + grid.diff()[0]
         for _ in range(20):
             a, b = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
             left = at(a) <= at(b)
             low, high = torch.where(left, low, a), torch.where(left, b, high)
-        log_tau = (low + high) / 2
+        log_tau = torch.minimum(torch.maximum((low + high) / 2, grid[0]), grid[-1])
     return Entanglement(at(log_tau), log_tau.exp())
 
 
 def _mean_square_distance(features: Tensor, used: Tensor) -> Tensor:
     share = used / used.sum().clamp(min=1)
     rows = torch.where(used[:, None] == 0, 0, features)
-    spread = 2 * ((rows - share @ rows).square().sum(1) @ share)
+    centre = (share[:, None] * rows).sum(0)
+    spread = 2 * ((rows - centre).square().sum(1) * share).sum()
     return torch.where(spread > 0, spread, 1)

@@ -25,12 +25,12 @@ class _Loss(nn.Module):
             return
         given = inspect.signature(cls.function).parameters.values()
         own = [v for name, v in inspect.signature(cls.__init__).parameters.items() if name in cls.own]
-        options = [v.replace(kind=v.KEYWORD_ONLY) for v in given if v.name in checks.OPTIONS or v.name == cls.buffer]
+        options = [v for v in given if v.name in checks.OPTIONS or v.name == cls.buffer]
         cls.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *leading: Any, **options: Any) -> None:
         super().__init__()
-        bound = inspect.signature(type(self)).replace(parameters=self._parameters_of_function()).bind(**options)
+        bound = inspect.signature(type(self)).replace(parameters=self._parameters_of_function()).bind(*leading, **options)
         bound.apply_defaults()
         self.options = dict(bound.arguments)
         if self.buffer is not None:

@@ -149,6 +149,7 @@ def top_k(
     ids_y: Tensor | None = None,
     self_offset: int | None = None,
     col_bias: Tensor | None = None,
+    cutoff: Tensor | None = None,
     *,
     product_dtype: torch.dtype | None = None,
     backend: str | None = None,
@@ -158,7 +159,7 @@ def top_k(
     Exact; of equal products the one with the lower index. Not differentiable: :func:`selected_products` of what is chosen is.
 
     Args:
-        x, y, ids_x, ids_y, self_offset, product_dtype, backend: as in :func:`row_stats`; all engines but "reference" select alike.
+        x, y, ids_x, ids_y, self_offset, cutoff, product_dtype, backend: as in :func:`row_stats`; all engines but "reference" select alike.
         k: how many, 1 <= k <= M.
         col_bias: [M]; not differentiable here; -inf takes a candidate out.
 
@@ -173,8 +174,8 @@ def top_k(
     y, col_bias = (None if v is None else v.detach() for v in (y, col_bias))
     pairs = (x.detach(), y, ids_x, ids_y, self_offset, None, col_bias, product_dtype or x.dtype)
     if backend == engines.REFERENCE:
-        return reference.top_k(Call(*pairs), k)
-    return torch.ops.pairloss.top_k(*pairs, k)
+        return reference.top_k(Call(*pairs, cutoff), k)
+    return torch.ops.pairloss.top_k(*pairs, cutoff, k)
 
 
 def selected_products(x: Tensor, y: Tensor, index: Tensor, *, product_dtype: torch.dtype | None = None) -> Tensor:

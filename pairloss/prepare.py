@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .engines import without_autocast
 from .reference import rounded
 
 ZERO_NORM = 1e-12
@@ -34,7 +35,10 @@ class Rows(NamedTuple):
     def products(self, y: Tensor) -> Tensor:
         """The product of each anchor with the row of y [N, D] beside it, or with those of y [N, M, D]; rounded as engines round."""
         x, y = rounded(self.x, self.product_dtype), rounded(y, self.product_dtype)
-        return (x * y).sum(1) if y.ndim == 2 else torch.einsum("nd,nmd->nm", x, y)
+        if y.ndim == 2:
+            return (x * y).sum(1)
+        with without_autocast(x):
+            return torch.einsum("nd,nmd->nm", x, y)
 
     def against(self, y: Tensor, col_bias: Tensor | None) -> "Rows":
         """The same anchors with other candidates."""

@@ -36,14 +36,17 @@ def pair_sum(call: Call, over: str, term: str) -> Tensor:
 
 def top_k(call: Call, k: int) -> Tensor:
     """pairloss.ops.top_k with the N x M matrix."""
-    s = biased(products(call), None, call.col_bias).masked_fill(~sets(call)[1], -torch.inf)
+    s, negative = products(call), sets(call)[1]
+    if call.cutoff is not None:
+        negative = negative & ~(s < call.cutoff)
+    s = biased(s, None, call.col_bias).masked_fill(~negative, -torch.inf)
     best = s.sort(dim=1, descending=True, stable=True)
     return torch.where(best.values == -torch.inf, -1, best.indices)[:, :k].int()
 
 
 def products(call: Call) -> Tensor:
     x, y = (rounded(rows, call.product_dtype) for rows in (call.x, call.candidates))
-    with without_autocast(call):
+    with without_autocast(call.x):
         return x @ y.T
 
 

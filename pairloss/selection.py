@@ -9,19 +9,22 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .engines import Call
+from .engines import Call, without_autocast
 from .reference import rounded, same_id
 
-# Values in memory at a time, beside O(N K): a few such slabs, or of one row of pairs if that is longer.
-SLAB = 1 << 21
+# Values in memory at a time, beside O(N K): a few such slabs, or of one row of pairs if that is longer. Elsewhere launches
+# must be worth it.
+SLAB, DEVICE_SLAB = 1 << 21, 1 << 26
 
 
 def top_k(call: Call, k: int) -> Tensor:
     """pairloss.ops.top_k."""
     x, y = (rounded(rows, call.product_dtype) for rows in (call.x, call.candidates))
     index = torch.empty(len(x), k, dtype=torch.int32, device=x.device)
-    for rows in _slabs(len(x), len(y)):
+    for rows in _slabs(x, len(y)):
         s = x[rows] @ y.T
+        if call.cutoff is not None:
+            s.masked_fill_(s < call.cutoff, -torch.inf)
         if call.col_bias is not None:
             s += call.col_bias
         if call.ids_x is not None:
@@ -51,8 +54,9 @@ def products(x: Tensor, y: Tensor, index: Tensor, product_dtype: torch.dtype) ->
     """pairloss.ops.selected_products."""
     x, y = rounded(x, product_dtype), rounded(y, product_dtype)
     result = torch.empty(index.shape, dtype=x.dtype, device=x.device)
-    for rows in _slabs(len(x), index.shape[1] * x.shape[1]):
-        result[rows] = torch.einsum("nd,nkd->nk", x[rows], y[index[rows].clamp(min=0)])
+    for rows in _slabs(x, index.shape[1] * x.shape[1]):
+        with without_autocast(x):
+            result[rows] = torch.einsum("nd,nkd->nk", x[rows], y[index[rows].clamp(min=0)])
     return result.masked_fill_(index < 0, -torch.inf)
 
 
@@ -60,10 +64,11 @@ def products_backward(x: Tensor, y: Tensor, index: Tensor, product_dtype: torch.
     weights = weights.masked_fill(index < 0, 0)
     x, y = rounded(x, product_dtype), rounded(y, product_dtype)
     dx, dy = (torch.zeros_like(v, memory_format=torch.contiguous_format) for v in (x, y))
-    for rows in _slabs(len(x), index.shape[1] * x.shape[1]):
+    for rows in _slabs(x, index.shape[1] * x.shape[1]):
         chosen = index[rows].clamp(min=0)
         if needs[0]:
-            dx[rows] = torch.einsum("nk,nkd->nd", weights[rows], y[chosen])
+            with without_autocast(x):
+                dx[rows] = torch.einsum("nk,nkd->nd", weights[rows], y[chosen])
         if needs[1]:
             add_rows_(dy, chosen.flatten(), (weights[rows, :, None] * x[rows, None, :]).flatten(0, 1))
     return [grad for grad, need in zip((dx, dy), needs, strict=True) if need]
@@ -76,11 +81,11 @@ def add_rows_(total: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     return total.index_put_((index.long(),), rows, accumulate=True)
 
 
-def _slabs(n: int, width: int) -> Iterator[slice]:
-    step = max(1, SLAB // max(1, width))
+def _slabs(rows: Tensor, width: int) -> Iterator[slice]:
+    n, step = len(rows), max(1, (SLAB if _may_look(rows) else DEVICE_SLAB) // max(1, width))
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
-def _may_look(s: Tensor) -> bool:
+def _may_look(rows: Tensor) -> bool:
     """Whether values may steer the program without waiting for a device."""
-    return s.device.type == "cpu"
+    return rows.device.type == "cpu"

@@ -84,7 +84,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class LossSpec:
-    """One row of the table of losses: what the contract tests, `pairloss check` and the benchmarks iterate over.
+    """One row of the table of losses: what the contract tests and `pairloss check` iterate over.
 
     sample(n, d, seed, option) makes the arguments, in float64, for one of the named options.
     """

@@ -73,8 +73,8 @@ def test_opcheck_of_the_other_ops(over):
     ops = torch.ops.pairloss
     torch.library.opcheck(ops.pair_sum.default, (*pairs, over, "softplus", "torch"))
     torch.library.opcheck(ops.pair_sum_backward.default, (*pairs, over, "softplus", "torch", torch.randn(9), [True] * 4))
-    torch.library.opcheck(ops.top_k.default, (*pairs, 3))
-    index = ops.top_k(*pairs, 3)
+    torch.library.opcheck(ops.top_k.default, (*pairs, torch.tensor(0.1), 3))
+    index = ops.top_k(*pairs, None, 3)
     torch.library.opcheck(ops.selected_products.default, (x, y, index, torch.float32))
     torch.library.opcheck(ops.selected_products_backward.default, (x, y, index, torch.float32, torch.randn(9, 3), [True, True]))
 
@@ -98,14 +98,16 @@ def test_compiles_where_nothing_requires_a_gradient(mode):
         torch.testing.assert_close(ours, LOSSES["snnl"].function(**sample.differentiable, **sample.others))
 
 
-def test_compiles_once_for_all_batch_sizes():
+@pytest.mark.parametrize("loss", LOSSES)
+def test_compiles_once_for_all_batch_sizes(loss):
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(LOSSES["snnl"].function, fullgraph=True, dynamic=True, backend=counter)
+    option = LOSSES[loss].options[0]
+    compiled = torch.compile(LOSSES[loss].function, fullgraph=True, dynamic=True, backend=counter)
     frames = []
     for n in (9, 64, 700, 2049, 33):
-        sample, _ = arguments("snnl", "cosine", n, 5)
-        torch.testing.assert_close(sample.run(compiled), sample.run(LOSSES["snnl"].function))
+        sample, _ = arguments(loss, option, n, 5)
+        torch.testing.assert_close(sample.run(compiled), sample.run(LOSSES[loss].function))
         frames.append(counter.frame_count)
     assert len(set(frames)) == 1
 
@@ -119,18 +121,25 @@ def test_compiles_with_inductor():
     torch.testing.assert_close(ours, sample.run(LOSSES["snnl"].function))
 
 
-def test_exports():
-    class Loss(torch.nn.Module):
-        def forward(self, features, labels, tau):
-            return LOSSES["snnl"].function(features, labels, tau)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_exports(loss):
+    option = LOSSES[loss].options[0]
+    sample, names = arguments(loss, option, 20, 5)
+    names += [name for name, v in sample.others.items() if isinstance(v, torch.Tensor)]
+    constants = {name: v for name, v in sample.others.items() if name not in names}
 
-    sample, _ = arguments("snnl", "cosine", 20, 5)
-    inputs = (sample.differentiable["features"], sample.others["labels"], sample.differentiable["tau"])
+    class Loss(torch.nn.Module):
+        def forward(self, *values):
+            return LOSSES[loss].function(**dict(zip(names, values, strict=True)), **constants)
+
+    def inputs(n):
+        sample, _ = arguments(loss, option, n, 5)
+        return tuple((sample.differentiable | sample.others)[name] for name in names)
+
     n = torch.export.Dim("n", min=2)
-    program = torch.export.export(Loss(), inputs, dynamic_shapes=({0: n}, {0: n}, None))
-    other, _ = arguments("snnl", "cosine", 31, 5)
-    inputs = (other.differentiable["features"], other.others["labels"], other.differentiable["tau"])
-    torch.testing.assert_close(program.module()(*inputs), Loss()(*inputs))
+    shapes = tuple({0: n} if v.ndim else None for v in inputs(20))
+    program = torch.export.export(Loss(), inputs(20), dynamic_shapes=(shapes,))
+    torch.testing.assert_close(program.module()(*inputs(31)), Loss()(*inputs(31)))
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
@@ -155,13 +164,16 @@ def test_autocast_rounds_only_the_products(autocast, compiled):
     assert not torch.equal(ours[0], LOSSES["snnl"].function(features, sample.others["labels"], 0.2))
 
 
-@pytest.mark.parametrize("option", ["cosine", "sqeuclidean", "ref"])
-def test_functorch_grad(option):
-    sample, names = arguments("snnl", option, 20, 5)
+@pytest.mark.parametrize(
+    ("loss", "option"),
+    [*((loss, spec.options[0]) for loss, spec in LOSSES.items()), ("snnl", "ref"), ("supcon", "pairs"), ("contrastive", "top_k")],
+)
+def test_functorch_grad(loss, option):
+    sample, names = arguments(loss, option, 20, 5)
     gradient = torch.func.grad(
-        lambda *values: LOSSES["snnl"].function(**dict(zip(names, values, strict=True)), **sample.others), argnums=tuple(range(len(names)))
+        lambda *values: LOSSES[loss].function(**dict(zip(names, values, strict=True)), **sample.others), argnums=tuple(range(len(names)))
     )
-    expected = sample.run(lambda **kwargs: LOSSES["snnl"].function(**kwargs) / 0.5)[1]  # run() weighs a single loss with 0.5
+    expected = sample.run(lambda **kwargs: LOSSES[loss].function(**kwargs) / 0.5)[1]  # run() weighs a single loss with 0.5
     torch.testing.assert_close(dict(zip(names, gradient(*sample.differentiable.values()), strict=True)), expected)
 
 

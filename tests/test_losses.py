@@ -229,7 +229,71 @@ def test_entanglement_is_the_least_loss():
     assert entanglement(x, L, ignore_index=0).loss != entanglement(x, L).loss
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_autocast_rounds_rows_and_no_products(dtype):
+    """One query, so that its own negatives are shared ones, and top_k of all but none: three ways to one number."""
+    query, key, negatives = X[:1].to(dtype), Y[:1].to(dtype), (X[:1] + 0.3 * NEGATIVES).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        shared, own, hardest = (
+            contrastive(query, key, 0.01, negative_keys=v, in_batch=False, **options)
+            for v, options in [(negatives, {}), (negatives[None], {}), (negatives, {"top_k": 6})]
+        )
+    torch.testing.assert_close(own, shared, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(hardest, shared, rtol=1e-2, atol=0)
+    selected = contrastive(query.bfloat16(), key.bfloat16(), 0.01, negative_keys=negatives.bfloat16(), in_batch=False, top_k=6)
+    torch.testing.assert_close(hardest, selected, rtol=1e-2 if dtype == torch.float32 else 1e-6, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"both_sides": True}, {"both_sides": True, "top_k": 2}, {"both_sides": True, "threshold": 0.1}])
+def test_a_masked_key_is_infinite_for_its_query_alone(options):
+    bias = torch.zeros(N).index_fill(0, torch.tensor([1]), -torch.inf).requires_grad_()
+    x, y = X.clone().requires_grad_(), Y.clone().requires_grad_()
+    losses = contrastive(x, y, 0.3, key_bias=bias, reduction="none", **options)
+    assert losses[1] == torch.inf
+    assert losses[torch.arange(N) != 1].isfinite().all()
+    loss = contrastive(x, y, 0.3, key_bias=bias, weight=(torch.arange(N) != 1).float(), **options)
+    torch.testing.assert_close(loss, losses[torch.arange(N) != 1].mean())
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(loss, (x, y, bias)))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3])
+def test_top_k_is_among_those_above_the_threshold_wherever_they_come_from(threshold):
+    query, keys = X[:3], NEGATIVES[:3]
+    bias = torch.tensor([0.0, 0.0, 20.0])
+    options = {"top_k": 1, "threshold": threshold, "in_batch": False, "reduction": "none"}
+    shared = contrastive(query, Y[:3], 1.0, negative_keys=keys, negative_bias=bias, **options)
+    own = contrastive(query, Y[:3], 1.0, negative_keys=keys.expand(3, 3, D), negative_bias=bias.expand(3, 3), **options)
+    torch.testing.assert_close(shared, own)
+
+
+def test_labels_of_few_bits_do_not_wrap():
+    labels = torch.tensor([0, 255] * 6, dtype=torch.uint8)
+    assert torch.equal(supcon(X, labels, 0.1, ignore_index=-1), supcon(X, labels.long(), 0.1, ignore_index=-1))
+    weight = torch.rand(300, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(supcon(X, labels, 0.1, class_weight=weight), supcon(X, labels.long(), 0.1, class_weight=weight))
+
+
+def test_entanglement_of_complex_rows_and_on_the_meta_device():
+    z = torch.complex(X * 1e-3, Y * 100)
+    found, real = (entanglement(v, L, metric="sqeuclidean") for v in (z, torch.cat([z.real, z.imag], 1)))
+    torch.testing.assert_close(found.loss, real.loss)
+    torch.testing.assert_close(found.tau, real.tau, rtol=1e-2, atol=0)
+    for metric in ("cosine", "sqeuclidean"):
+        assert entanglement(X.to("meta"), L.to("meta"), metric=metric).loss.device.type == "meta"
+    with pytest.raises(TypeError, match=r"features: expected a torch.Tensor, got str"):
+        entanglement("a", L)
+
+
+def test_alignment_of_far_rows():
+    x = torch.full((2, 2), 1e20)
+    torch.testing.assert_close(pairloss.alignment(x, -x, 1.0, metric="sqeuclidean"), torch.tensor(8**0.5 * 1e20))
+    x = torch.full((1, 2), 1e-24)
+    torch.testing.assert_close(pairloss.alignment(x, 0 * x, 1.0, metric="sqeuclidean"), torch.tensor(2**0.5 * 1e-24), rtol=1e-5, atol=0)
+
+
 BAD = [
+    (ValueError, "logit_bias: expected a finite number, got nan", lambda: siglip(X, Y, 1.0, math.nan)),
+    (ValueError, "label_smoothing: expected 0 with ids", lambda: clip(X, Y, 1.0, ids=L, label_smoothing=0.1)),
     (ValueError, "key: expected as many rows as query, 12, got 7", lambda: contrastive(X, NEGATIVES, 0.1)),
     (ValueError, r"key: expected torch.float32 of shape \[M, 5\].* got torch.float64", lambda: contrastive(X, Y.double(), 0.1)),
     (ValueError, r"view_b: expected torch.float32 of shape \[M, 5\]", lambda: nt_xent(X, Y[:, :2], 0.1)),
@@ -296,11 +360,11 @@ MODULES = {
     "SupCon": lambda m: (m(0.3, form="in")(X, L, ref_features=Y, ref_labels=L), supcon(X, L, 0.3, form="in", ref_features=Y, ref_labels=L)),
     "Circle": lambda m: (m(m=0.4, gamma=8, class_weight=torch.rand(4))(X, L).shape, torch.Size()),
     "Contrastive": lambda m: (m(0.3, top_k=2)(X, Y, negative_keys=NEGATIVES), contrastive(X, Y, 0.3, top_k=2, negative_keys=NEGATIVES)),
-    "SimpleContrastive": lambda m: (m(lam=0.3)(X, Y), simple_contrastive(X, Y, 0.3)),
+    "SimpleContrastive": lambda m: (m(0.3)(X, Y), simple_contrastive(X, Y, 0.3)),
     "NTXent": lambda m: (m(0.3, learnable=True, decoupled=True)(X, Y), nt_xent(X, Y, 0.3, decoupled=True)),
     "CLIP": lambda m: (m(label_smoothing=0.1)(X, Y, 4.0), clip(X, Y, 4.0, label_smoothing=0.1)),
     "SigLIP": lambda m: (m(reduction="sum")(X, Y, 4.0, -1.0), siglip(X, Y, 4.0, -1.0, reduction="sum")),
-    "Uniformity": lambda m: (m(t=3)(X), uniformity(X, 3)),
+    "Uniformity": lambda m: (m(3)(X), uniformity(X, 3)),
     "Alignment": lambda m: (m(alpha=1)(X, Y), pairloss.alignment(X, Y, 1)),
     "FocalCrossEntropy": lambda m: (m(gamma=2, weight=torch.arange(5.0))(X, L), pairloss.focal_cross_entropy(X, L, 2, torch.arange(5.0))),
     "Tolerance": lambda m: (m(include_self=True)(X, L), pairloss.tolerance(X, L, include_self=True)),

@@ -22,6 +22,8 @@ def arguments(option: str):
         others["ids_y"] = None if y is None else torch.arange(31) % 4
     if "words" in option:
         others |= {name: v if v is None else (1 << v)[:, None] for name, v in others.items() if name.startswith("ids")}
+    if "cutoff" in option:
+        others["cutoff"] = torch.tensor(0.5)
     if "bias" in option:
         others["col_bias"] = torch.where(torch.arange(23 if y is None else 31) % 3 == 0, -torch.inf, 0.0)
     return x, y, others
@@ -31,7 +33,19 @@ def arguments(option: str):
 @pytest.mark.parametrize("looking", [True, False])
 @pytest.mark.parametrize("k", [1, 7, 23])
 @pytest.mark.parametrize(
-    "option", ["two", "ties", "self", "self-ties-ids", "offset-ties", "ids-words", "ties-ids-bias-offset", "self-bias"]
+    "option",
+    [
+        "two",
+        "ties",
+        "self",
+        "self-ties-ids",
+        "offset-ties",
+        "ids-words",
+        "ties-ids-bias-offset",
+        "two-cutoff",
+        "ties-cutoff-bias",
+        "self-bias",
+    ],
 )
 def test_the_same_choice_as_a_stable_sort(monkeypatch, option, k, looking, slab):
     x, y, others = arguments(option)
