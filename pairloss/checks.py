@@ -51,8 +51,8 @@ def paired(name_x: str, x: Tensor, name_y: str, y: Tensor, ids: Tensor | None, w
     """Two sets of rows, row i of one belonging to row i of the other."""
     features(name_x, x)
     features(name_y, y, like=x)
-    if len(x) != len(y):
-        raise ValueError(f"{name_y}: expected as many rows as {name_x}, {len(x)}, got {len(y)}")
+    if x.shape[0] != y.shape[0]:
+        raise ValueError(f"{name_y}: expected as many rows as {name_x}, {x.shape[0]}, got {y.shape[0]}")
     if ids is not None:
         integers("ids", ids, x.shape[:1], x)
     if weight is not None:

@@ -89,11 +89,11 @@ def contrastive(
     keys = key if negative_keys is None else torch.cat([key, negative_keys.flatten(0, -2)])
     rows = prepare(real_view(query), real_view(keys), tau, metric, None, None)
     assert rows.y is not None
-    own, others = rows.y[: len(query)], rows.y[len(query) :]
+    own, others = rows.y[: query.shape[0]], rows.y[query.shape[0] :]
     key_bias, negative_bias = (None if bias is None else bias.to(dtype) for bias in (key_bias, negative_bias))
     cutoff = None if threshold is None else torch.as_tensor(threshold / tau, dtype=dtype, device=query.device).detach()
 
-    if top_k is not None and top_k >= (len(query) - 1 if in_batch else 0) + (0 if negative_keys is None else negative_keys.shape[-2]):
+    if top_k is not None and top_k >= (query.shape[0] - 1 if in_batch else 0) + (0 if negative_keys is None else negative_keys.shape[-2]):
         top_k = None
     negatives: list[Tensor] = []  # of each source a log-sum [N, 1], or with top_k the logits of the greatest [N, K]
     neg_of_key = None
@@ -165,7 +165,7 @@ def simple_contrastive(
     rows = prepare(real_view(query), real_view(key), 1.0, metric, None, None)
     assert rows.y is not None
     pos = rows.products(rows.y)
-    if top_k is None or top_k >= len(query) - 1:
+    if top_k is None or top_k >= query.shape[0] - 1:
         negatives = rows.products(rows.y.sum(0).expand_as(rows.x)) - pos
     else:
         hardest = Candidates(rows, None, None, 0, None, backend).hardest(top_k)
@@ -239,14 +239,14 @@ def nt_xent(
         raise ValueError(f"metric: expected 'cosine' with tau_plus or beta, whose lower bound is of cosines, got {metric!r}")
     tau = checks.temperature("tau", tau, view_a, loss_dtype(view_a))
 
-    item = torch.arange(len(view_a), device=view_a.device) if ids is None else ids.long()
+    item = torch.arange(view_a.shape[0], device=view_a.device) if ids is None else ids.long()
     both = item.repeat(2)
     rows = prepare(real_view(torch.cat([view_a, view_b])), None, tau, metric, None, None)
-    pos = rows.products(rows.x.roll(len(view_a), 0))
+    pos = rows.products(rows.x.roll(view_a.shape[0], 0))
     neg = _hard_log_sum(rows, both, beta, backend) if beta else rows.row_stats(both, None, 0, backend=backend)[0][1]
     counts = neg > -torch.inf if decoupled else torch.ones_like(neg, dtype=torch.bool)
     if tau_plus or beta:
-        neg = _debiased(neg, pos, (2 * len(view_a) - groups.count(both, both)).to(neg.dtype), tau_plus, tau)
+        neg = _debiased(neg, pos, (2 * view_a.shape[0] - groups.count(both, both)).to(neg.dtype), tau_plus, tau)
     losses = torch.where(counts, neg - pos, 0) if decoupled else -logsigmoid(pos - neg)
     counts = counts | (pos + neg).isnan()
     return anchors.reduce(losses + rows.poison, counts, None if weight is None else weight.to(neg.dtype).repeat(2), reduction)
@@ -258,7 +258,7 @@ def _hard_log_sum(rows: Rows, ids: Tensor, beta: float, backend: str | None) -> 
     for factor in (beta + 1, beta):
         scaled = rows._replace(x=rows.x * math.sqrt(factor), logit_bound=rows.logit_bound * factor)
         neg.append(scaled.row_stats(ids, None, 0, backend=backend)[0][1])
-    size = (len(ids) - groups.count(ids, ids)).to(neg[0].dtype)
+    size = (ids.shape[0] - groups.count(ids, ids)).to(neg[0].dtype)
     empty = size == 0
     return torch.where(empty, -torch.inf, neg[0] - torch.where(empty, 0, neg[1]) + torch.where(empty, 1, size).log())
 
@@ -296,7 +296,7 @@ class Candidates(NamedTuple):
         assert y is not None
         dtype = self.rows.product_dtype
         pairs = (self.ids_x, self.ids_y, self.self_offset, bias, self.cutoff)
-        index = ops.top_k(x, y, min(k, len(y)), *pairs, product_dtype=dtype, backend=self.backend)
+        index = ops.top_k(x, y, min(k, y.shape[0]), *pairs, product_dtype=dtype, backend=self.backend)
         z = ops.selected_products(x, y, index, product_dtype=dtype)
         return z if bias is None else z + bias[index.clamp(min=0).long()]
 
@@ -320,7 +320,7 @@ def _logits_of_each(
     rows: Rows, keys: Tensor, bias: Tensor | None, ids: Tensor | None, key_ids: Tensor | None, cutoff: Tensor | None
 ) -> Tensor:
     """[N, M]: the logits of M keys of its own for each query; no larger than the keys themselves."""
-    keys = keys.unflatten(0, (len(rows.x), -1))
+    keys = keys.unflatten(0, (rows.x.shape[0], -1))
     z = rows.products(keys)
     if cutoff is not None:
         z = z.masked_fill(z < cutoff, -torch.inf)

@@ -13,7 +13,7 @@ def positives(rows: Rows, ids: Tensor, ref_ids: Tensor | None, backend: str | No
 
     Multi-hot ids need a pass over pairs for each; equal labels have class sums.
     """
-    n, itself = len(rows.x), rows.y is None
+    n, itself = rows.x.shape[0], rows.y is None
     if ids.ndim > 1:
 
         def over_positives(x: Tensor, y: Tensor | None, row_bias: Tensor | None) -> Tensor:
@@ -22,7 +22,7 @@ def positives(rows: Rows, ids: Tensor, ref_ids: Tensor | None, backend: str | No
                 over="positives", term="linear", product_dtype=rows.product_dtype, backend=backend,
             )  # fmt: skip
 
-        nothing = rows.x.new_zeros(n, 1), None if rows.y is None else rows.y.new_zeros(len(rows.y), 1)
+        nothing = rows.x.new_zeros(n, 1), None if rows.y is None else rows.y.new_zeros(rows.y.shape[0], 1)
         return over_positives(rows.x, rows.y, None), over_positives(*nothing, rows.x.new_ones(n))
     candidates, candidate_ids = (rows.x, ids) if rows.y is None or ref_ids is None else (rows.y, ref_ids)
     members = count(ids, candidate_ids)
@@ -43,4 +43,4 @@ def class_sums(rows: Tensor, row_ids: Tensor, ids: Tensor) -> Tensor:
     ordered = row_ids.sort().values
     first = torch.searchsorted(ordered, row_ids)  # a class is numbered by where it begins in label order
     sums = add_rows_(torch.zeros_like(rows), first, rows)
-    return sums[torch.searchsorted(ordered, ids).clamp(max=len(rows) - 1)]
+    return sums[torch.searchsorted(ordered, ids).clamp(max=rows.shape[0] - 1)]

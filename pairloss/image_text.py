@@ -132,6 +132,6 @@ def siglip(
     assert rows.y is not None
     bias = torch.as_tensor(logit_bias, dtype=dtype, device=image.device)
     negatives = ops.pair_sum(
-        rows.x, rows.y, ids, ids, 0, bias.expand(len(image)), over="negatives", product_dtype=rows.product_dtype, backend=backend
+        rows.x, rows.y, ids, ids, 0, bias.expand(image.shape[0]), over="negatives", product_dtype=rows.product_dtype, backend=backend
     )
     return anchors.reduce_all(negatives - logsigmoid(rows.products(rows.y) + bias), weight, reduction)

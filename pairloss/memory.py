@@ -66,7 +66,7 @@ class FeatureQueue(nn.Module):
     @property
     def bias(self) -> Tensor:
         """[size], in the dtype of the features: 0 for filled slots, -inf for empty ones. Added to a logit it masks the slot."""
-        size = len(self.features)
+        size = self.features.shape[0]
         empty = torch.arange(size, device=self.features.device) >= self.fill
         return self.features.new_zeros(size).masked_fill(empty, -torch.inf)
 
@@ -91,11 +91,11 @@ class FeatureQueue(nn.Module):
         if features.device != self.features.device:
             raise ValueError(f"features: expected the device of the queue, {self.features.device}, got {features.device}")
         if labels is None:
-            labels = torch.zeros(len(features), dtype=torch.long, device=features.device)
+            labels = torch.zeros(features.shape[0], dtype=torch.long, device=features.device)
         checks.integers("labels", labels, features.shape[:1], features)
 
         features, labels = features[-size:], labels[-size:]
-        n = len(features)
+        n = features.shape[0]
         slots = (self.pointer + torch.arange(n, device=features.device)) % size
         self.features = self.features.index_copy(0, slots, features.to(self.features.dtype))
         self.labels = self.labels.index_copy(0, slots, labels.long())

@@ -1,7 +1,5 @@
 """What an embedding space looks like: uniformity, alignment, tolerance. Differentiable, so they are losses too."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -36,12 +34,12 @@ def uniformity(x: Tensor, t: float = 2.0, *, metric: str = "cosine", backend: st
     checks.options(t=t, backend=backend)
     checks.choice("metric", metric, ("cosine", "sqeuclidean"))
     checks.features("x", x)
-    cosine, n = metric == "cosine", len(x)
+    cosine, n = metric == "cosine", x.shape[0]
     rows = prepare(real_view(x), None, 0.5 / t if cosine else 1 / t, metric, None, None)
     (z,), _ = rows.row_stats(None, None, 0, backend=backend)
     if n == 1:
         return torch.where(z == -torch.inf, 0, z)[0] + rows.poison[0]
-    return masked_logsumexp(z, z != -torch.inf, 0) - math.log(n * (n - 1)) - (2 * t if cosine else 0)
+    return masked_logsumexp(z, z != -torch.inf, 0) - z.new_full((), n * (n - 1)).log() - (2 * t if cosine else 0)
 
 
 def alignment(
@@ -120,7 +118,7 @@ def tolerance(
     checks.similarity(metric)
     checks.features("features", features)
     checks.labels("labels", labels, features, multi_hot=False)
-    rows, n = prepare(real_view(features), None, 1.0, metric, None, None), len(features)
+    rows, n = prepare(real_view(features), None, 1.0, metric, None, None), features.shape[0]
     total, _ = groups.positives(rows, labels.long(), None, None)
     if include_self:
         return (total + rows.products(rows.x)).sum() / n**2

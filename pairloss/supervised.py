@@ -122,8 +122,8 @@ def flatten_views(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     checks.tensor("labels", labels)
     if features.ndim != 3:
         raise ValueError(f"features: expected shape [B, V, D], got {list(features.shape)}")
-    if labels.ndim not in (1, 2) or len(labels) != len(features):
-        raise ValueError(f"labels: expected one entry per item, {len(features)}, got shape {list(labels.shape)}")
+    if labels.ndim not in (1, 2) or labels.shape[0] != features.shape[0]:
+        raise ValueError(f"labels: expected one entry per item, {features.shape[0]}, got shape {list(labels.shape)}")
     return features.flatten(0, 1), labels.repeat_interleave(features.shape[1], 0)
 
 
