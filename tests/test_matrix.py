@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import DTYPES, INTERPRETED, RUNNABLE, TILED, TILES, Engine, assert_same_loss_and_gradients, skip_if_unable, tiles
 
-from pairloss import snnl, tiled
+from pairloss import pairs, snnl
 from pairloss.testing import LOSSES, Sample
 
 pytestmark = pytest.mark.engines
@@ -117,7 +117,7 @@ def test_same_input_same_bits(engine, dtype):
 @pytest.mark.parametrize(("loss", "option"), CASES)
 def test_the_tiled_engine_without_looking_at_values(monkeypatch, loss, option, dtype, tile):
     """As on a device whose values it must not wait for."""
-    monkeypatch.setattr(tiled, "_on_host", lambda call: False)
+    monkeypatch.setattr(pairs, "on_host", lambda call: False)
     check(Engine("torch", "cpu"), loss, option, 33, 16, dtype, tile)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import INTERPRETED, TILED, TILES, assert_rule, skip_if_unable, tiles
 
-from pairloss import engines, tiled
+from pairloss import engines, pairs, tiled
 from pairloss.ops import row_stats
 
 D = 6
@@ -118,14 +118,14 @@ def test_gradcheck_through_the_tiles(option, tile):
 def test_every_kind_of_tile_is_visited(monkeypatch):
     """Diagonal, off-diagonal, ragged, without positives, only positives, mixed; each shift: none, one per tile, one per pair."""
     seen = set()
-    original_tiles, original_shift = tiled._Pairs.tiles, tiled._shift
+    original_tiles, original_shift = pairs.Pairs.tiles, pairs.shift
 
-    def watched_tiles(pairs):
-        for tile in original_tiles(pairs):
+    def watched_tiles(self):
+        for tile in original_tiles(self):
             rows, cols = tile.i.stop - tile.i.start, tile.j.stop - tile.j.start
             seen.add("mirrored" if tile.mirrored else "not mirrored")
             seen.add("left out" if tile.left_out is not None else "nothing left out")
-            seen.add("ragged" if rows < pairs.tile or cols < pairs.tile else "whole")
+            seen.add("ragged" if rows < self.tile or cols < self.tile else "whole")
             seen.add({None: "mixed", 0: "only positives", 1: "no positives"}[tile.only])
             yield tile
 
@@ -134,8 +134,8 @@ def test_every_kind_of_tile_is_visited(monkeypatch):
         seen.add("shift " + ("per pair" if shift is None else "none" if shift == 0 else "per tile"))
         return shift
 
-    monkeypatch.setattr(tiled._Pairs, "tiles", watched_tiles)
-    monkeypatch.setattr(tiled, "_shift", watched_shift)
+    monkeypatch.setattr(pairs.Pairs, "tiles", watched_tiles)
+    monkeypatch.setattr(pairs, "shift", watched_shift)
     for option, n in itertools.product(["self", "self-far", "two-both-sides"], [37]):
         differentiable, others = arguments(n, 29, option)
         with tiles(4):
