@@ -9,7 +9,7 @@ PASSIVE := OMP_WAIT_POLICY=passive
 
 .PHONY: demo test check bench gpu
 
-$(READY): requirements-dev.txt pyproject.toml setup.py
+$(READY): requirements-dev.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .

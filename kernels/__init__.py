@@ -9,7 +9,7 @@ import re
 import torch
 from torch import Tensor
 
-from ..engines import Call
+from ..engines import Call, PairSum
 
 OLDEST_TRITON = (3, 6)  # the oldest seen: bench/notes.md
 OLDEST_CAPABILITY = (8, 0)  # bfloat16 and tf32 matrix units, asynchronous copies
@@ -41,16 +41,11 @@ def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: l
     return launch.row_stats_bwd(call, row_weights, col_weights, needs)
 
 
-def pair_sum_fwd(call: Call, over: str, term: str) -> Tensor:
+def pair_sum(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> PairSum:
     from . import launch
 
-    return launch.pair_sum_fwd(call, over, term)
-
-
-def pair_sum_bwd(call: Call, over: str, term: str, weights: Tensor, needs: list[bool]) -> list[Tensor | None]:
-    from . import launch
-
-    return launch.pair_sum_bwd(call, over, term, weights, needs)
+    sums = launch.pair_sum_fwd(call, over, term) if with_sums else None
+    return sums, [None] * 4 if weights is None else launch.pair_sum_bwd(call, over, term, weights, needs)
 
 
 def _missing_triton() -> str | None:

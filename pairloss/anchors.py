@@ -124,3 +124,12 @@ def reduce_all(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     """reduce, where every anchor counts."""
     weight = None if weight is None else weight.to(losses.dtype)
     return reduce(losses, torch.ones_like(losses, dtype=torch.bool), weight, reduction)
+
+
+def shares(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """[N]: what the sum or the mean of reduce_all multiplies each loss with."""
+    weight = torch.ones_like(losses) if weight is None else weight.to(losses.dtype)
+    if reduction == "sum":
+        return weight
+    total = weight.sum()
+    return weight / torch.where(total == 0, 1, total)

@@ -4,6 +4,7 @@ Each op has a backward op, and a torch.autograd.Function ties the two together: 
 torch.func (docs/design.md). The engine is chosen inside the op: at trace time, torch.compile would guard N and recompile.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ _library.define(f"row_stats({_ROW_STATS}) -> (Tensor rows, Tensor cols, Tensor r
 _library.define(f"row_stats_backward({_ROW_STATS}, Tensor row_weights, Tensor col_weights, bool[] needs) -> Tensor[]")
 _library.define(f"pair_sum({_PAIR_SUM}) -> Tensor")
 _library.define(f"pair_sum_backward({_PAIR_SUM}, Tensor weights, bool[] needs) -> Tensor[]")
+_library.define(f"pair_sum_with_grads({_PAIR_SUM}, Tensor weights, bool[] needs) -> (Tensor sums, Tensor[] grads)")
 _library.define(f"top_k({_PAIRS}, Tensor? cutoff, int k) -> Tensor")
 _library.define(f"selected_products({_SELECTED}) -> Tensor")
 _library.define(f"selected_products_backward({_SELECTED}, Tensor weights, bool[] needs) -> Tensor[]")
@@ -67,22 +69,27 @@ def _weights(sums: Tensor, grad: Tensor) -> Tensor:
 
 
 def _pair_sum(*args: Any) -> Tensor:
+    return _pair_sum_call(args, True, None, [False] * 4)[0]
+
+
+def _pair_sum_backward(*args: Any) -> list[Tensor]:
+    *call_args, weights, needs = args
+    return _pair_sum_call(call_args, False, weights, needs)[1]
+
+
+def _pair_sum_with_grads(*args: Any) -> tuple[Tensor, list[Tensor]]:
+    *call_args, weights, needs = args
+    return _pair_sum_call(call_args, True, weights if any(needs) else None, needs)
+
+
+def _pair_sum_call(args: Any, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> Any:
     *pairs, over, term, backend = args
     call = Call(*pairs)
     engine = engines.choose(call, backend)
     with engines.without_autocast(call.x):
         order = LabelOrder(call, engine)
-        return order.unordered_rows(engine.pair_sum_fwd(order.call, over, term), 0)
-
-
-def _pair_sum_backward(*args: Any) -> list[Tensor]:
-    *pairs, over, term, backend, weights, needs = args
-    call = Call(*pairs)
-    engine = engines.choose(call, backend)
-    with engines.without_autocast(call.x):
-        order = LabelOrder(call, engine)
-        grads = engine.pair_sum_bwd(order.call, over, term, order.rows(weights), needs)
-        return _needed(order.unordered_grads(*grads), needs)
+        sums, grads = engine.pair_sum(order.call, over, term, with_sums, None if weights is None else order.rows(weights), needs)
+        return order.unordered_rows(sums, 0), _needed(order.unordered_grads(*grads), needs)
 
 
 def _top_k(*args: Any) -> Tensor:
@@ -112,11 +119,12 @@ def _fake_backward(*args: Any) -> list[Tensor]:
     return _fake_grads([args[i] for i in _DIFFERENTIABLE], args[-1])
 
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "row_stats": (_row_stats, _row_stats_fake),
     "row_stats_backward": (_row_stats_backward, _fake_backward),
     "pair_sum": (_pair_sum, lambda x, *_: x.new_empty(x.shape[0])),
     "pair_sum_backward": (_pair_sum_backward, _fake_backward),
+    "pair_sum_with_grads": (_pair_sum_with_grads, lambda x, *args: (x.new_empty(x.shape[0]), _fake_backward(x, *args))),
     "top_k": (_top_k, lambda *args: args[0].new_empty(args[0].shape[0], args[-1], dtype=torch.int32)),
     "selected_products": (selection.products, lambda x, y, index, _: x.new_empty(index.shape)),
     "selected_products_backward": (selection.products_backward, lambda *args: _fake_grads([args[0], args[1]], args[-1])),
@@ -141,8 +149,7 @@ def _saved(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
 
 def _backward(ctx: Any, op: Any, differentiable: tuple[int, ...], args: list[Any]) -> tuple[Tensor | None, ...]:
     needs = [ctx.needs_input_grad[i] for i in differentiable]
-    # Compiled graphs refuse second derivatives by themselves, and dynamo doesn't trace a Function within a Function.
-    grads = iter(op(*args, needs) if torch.compiler.is_compiling() else _Once.apply(op, *args, needs))
+    grads = iter(_once(op, *args, needs))
     result: list[Tensor | None] = [None] * len(ctx.inputs)
     for i, need in zip(differentiable, needs, strict=True):
         if need:
@@ -190,6 +197,44 @@ class PairSum(torch.autograd.Function):
         return _backward(ctx, torch.ops.pairloss.pair_sum_backward, _DIFFERENTIABLE, [*_saved(ctx)[0], grad])
 
 
+class PairTotal(torch.autograd.Function):
+    """sum_i weights_i sum_i of the pair sums. Its gradient needs nothing that the pass over the pairs doesn't know: it is formed there."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, y: Any, ids_x: Any, ids_y: Any, self_offset: Any, row_bias: Any, col_bias: Any, product_dtype: torch.dtype,
+        over: str, term: str, backend: Any, weights: Tensor, needs: list[bool],
+    ) -> Any:  # fmt: skip
+        pairs = (x, y, ids_x, ids_y, self_offset, row_bias, col_bias, product_dtype)
+        sums, grads = torch.ops.pairloss.pair_sum_with_grads(*pairs, over, term, backend, weights, needs)
+        sums = without_silent(sums, weights)
+        return (weights * sums).sum(), sums, *grads
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:])
+        ctx.needs = inputs[-1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        of_weights, *formed = _once(_multiplied, grad, *ctx.saved_tensors)
+        grads: list[Tensor | None] = [None] * (_NUM_PAIRS + 5)
+        for i, v in zip((i for i, need in zip(_DIFFERENTIABLE, ctx.needs, strict=True) if need), formed, strict=True):
+            grads[i] = v
+        grads[-2] = of_weights
+        return tuple(grads)
+
+
+def without_silent(sums: Tensor, weights: Tensor) -> Tensor:
+    """A weight of 0 silences an infinite sum, but no NaN."""
+    return torch.where((weights == 0) & sums.isinf(), 0, sums)
+
+
+def _multiplied(factor: Tensor, *tensors: Tensor) -> list[Tensor]:
+    return [factor * v for v in tensors]
+
+
 class SelectedProducts(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, y: Tensor, index: Tensor, product_dtype: torch.dtype) -> Any:
@@ -204,8 +249,14 @@ class SelectedProducts(torch.autograd.Function):
         return _backward(ctx, torch.ops.pairloss.selected_products_backward, (0, 1), [*_saved(ctx)[0], grad])
 
 
+def _once(op: Any, *args: Any) -> Any:
+    """op(*args), which refuses to be differentiated again."""
+    # Compiled graphs refuse second derivatives by themselves, and dynamo doesn't trace a Function within a Function.
+    return op(*args) if torch.compiler.is_compiling() or not torch.is_grad_enabled() else _Once.apply(op, *args)
+
+
 class _Once(torch.autograd.Function):
-    """A backward op, with no derivative of its own."""
+    """What a backward computes, with no derivative of its own."""
 
     @staticmethod
     def forward(op: Any, *args: Any) -> tuple[Tensor, ...]:

@@ -1,15 +1,14 @@
 """The table of engines and the one place that chooses between them.
 
-An engine is a module with six functions; a new one is that module and a line in ENGINES:
+An engine is a module with five functions; a new one is that module and a line in ENGINES:
 
     why_not(call) -> str | None                                why it can't run this call, None if it can
     label_order_pays(call) -> bool                             whether rows sorted by label make it faster
     row_stats_fwd(call) -> (row_sums, col_sums)                sum of exp(z) over each set of each row (column)
     row_stats_bwd(call, row_weights, col_weights, needs)       from A_ij = the weight of the pair's set in row i (and in
         -> [dx, dy, drow_bias, dcol_bias]                      column j) times exp(z_ij); None where needs says so
-    pair_sum_fwd(call, over, term) -> sums [N]                 sum of term(z) over one set of each row
-    pair_sum_bwd(call, over, term, weights, needs)             from W_ij = weights_i term'(z_ij)
-        -> [dx, dy, drow_bias, dcol_bias]
+    pair_sum(call, over, term, with_sums, weights, needs)      sum of term(z) over one set of each row, None unless with_sums; and
+        -> (sums [N], [dx, dy, drow_bias, dcol_bias])          with weights [N], from W_ij = weights_i term'(z_ij)
 
 In row_stats sums and weights are [2, K, N] (columns: [2, K, M], M = 0 without both_sides): the sum is s e^m, the weight g e^-m. The pair
 spans any temperature, and unlike a rounded logarithm of the sum it gives weights that add up to 1. An empty set has the sum
@@ -28,18 +27,22 @@ from torch import Tensor
 
 ENGINES = {
     "triton": "pairloss.kernels",
+    "cpu": "pairloss.cpu",
     "torch": "pairloss.tiled",
 }
 REFERENCE = "reference"  # naive N x N under autograd: only by name, never chosen
 BACKENDS = (REFERENCE, *ENGINES)
 # The first engine of the row whose why_not is None serves the call.
-PREFERENCE = {"cpu": ("torch",), "cuda": ("triton", "torch")}
+PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")}
 
 # The one documented override: the backend of every call that names none.
 DEFAULT_BACKEND = os.environ.get("PAIRLOSS_BACKEND") or None
 
 # Set by pairloss.testing.tile_size.
 _tile_override: int | None = None
+
+
+PairSum = tuple[Tensor | None, list[Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,15 @@ def normalised(s: Tensor, m: Tensor) -> Tensor:
     empty = s == 0
     log_sum = torch.where(m.abs() < 2.0**22, m + s.log(), m)
     return torch.stack([torch.where(empty, 0, s * (m - log_sum).exp()), torch.where(empty, 0, log_sum)])
+
+
+def zero_grads(call: Call, needs: list[bool]) -> list[Tensor | None]:
+    """Of x, y, row_bias and col_bias, where they are wanted."""
+    inputs = (call.x, call.y, call.row_bias, call.col_bias)
+    return [
+        torch.zeros_like(v, memory_format=torch.contiguous_format) if need and v is not None else None
+        for v, need in zip(inputs, needs, strict=True)
+    ]
 
 
 def without_autocast(rows: Tensor) -> AbstractContextManager[None]:

@@ -131,7 +131,12 @@ def siglip(
     rows = prepare(real_view(image), real_view(text), 1 / logit_scale, metric, None, None)
     assert rows.y is not None
     bias = torch.as_tensor(logit_bias, dtype=dtype, device=image.device)
+    positives = -logsigmoid(rows.products(rows.y) + bias)
+    weights = None if reduction == "none" else anchors.shares(positives, weight, reduction)
     negatives = ops.pair_sum(
-        rows.x, rows.y, ids, ids, 0, bias.expand(image.shape[0]), over="negatives", product_dtype=rows.product_dtype, backend=backend
-    )
-    return anchors.reduce_all(negatives - logsigmoid(rows.products(rows.y) + bias), weight, reduction)
+        rows.x, rows.y, ids, ids, 0, bias.expand(image.shape[0]),
+        over="negatives", weights=weights, product_dtype=rows.product_dtype, backend=backend,
+    )  # fmt: skip
+    if weights is None:
+        return anchors.reduce_all(positives + negatives, weight, reduction)
+    return anchors.reduce_all(positives, weight, reduction) + negatives

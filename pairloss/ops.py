@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import engines, reference
-from .autograd import PairSum, RowStats, SelectedProducts
+from .autograd import PairSum, PairTotal, RowStats, SelectedProducts, without_silent
 from .engines import Call
 
 SCORES = ("linear", "circle")
@@ -100,6 +100,7 @@ def pair_sum(
     *,
     over: str,
     term: str = "softplus",
+    weights: Tensor | None = None,
     product_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -117,10 +118,12 @@ def pair_sum(
             None. +inf over positives and -inf over negatives give 0, in value and gradient.
         over: "positives" (with ids) or "negatives".
         term: "softplus", the logarithms above, or "linear", the sum of z_ij itself.
+        weights: [N] in x.dtype, to get sum_i weights_i sum_i. Its gradient is formed in the forward pass, which spares the backward pass
+            a product of all pairs, and held until then: the memory of x and y. A weight of 0 silences an infinite sum.
         product_dtype, backend: as in :func:`row_stats`.
 
     Returns:
-        [N] in x.dtype, 0 for an empty set.
+        [N] in x.dtype, 0 for an empty set; with weights, 0-dim.
 
     Raises:
         ValueError, RuntimeError: arguments that don't fit together; a backend that can't run.
@@ -136,9 +139,15 @@ def pair_sum(
     if term not in TERMS:
         raise ValueError(f"term: expected one of {TERMS}, got {term!r}")
     pairs = (x, y, ids_x, _another(ids_y, ids_x), self_offset, row_bias, col_bias, product_dtype or x.dtype)
+    if weights is None:
+        sums = reference.pair_sum(Call(*pairs), over, term) if backend == engines.REFERENCE else PairSum.apply(*pairs, over, term, backend)
+        return sums
+    if weights.shape != x.shape[:1] or weights.dtype != x.dtype:
+        raise ValueError(f"weights: expected {x.dtype} of shape [{x.shape[0]}], got {weights.dtype} {list(weights.shape)}")
     if backend == engines.REFERENCE:
-        return reference.pair_sum(Call(*pairs), over, term)
-    return PairSum.apply(*pairs, over, term, backend)
+        return (weights * without_silent(reference.pair_sum(Call(*pairs), over, term), weights)).sum()
+    needs = [torch.is_grad_enabled() and v is not None and v.requires_grad for v in (x, y, row_bias, col_bias)]
+    return PairTotal.apply(*pairs, over, term, backend, weights, needs)[0]
 
 
 def top_k(

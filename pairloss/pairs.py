@@ -39,6 +39,7 @@ class Role(NamedTuple):
     anchors: slice
     dim: int  # over which their candidates lie
     z: Tensor
+    spare: int  # number of a buffer that is free
 
 
 def shift(low: float, high: float) -> float | None:
@@ -194,9 +195,9 @@ class Pairs:
         """The tile's pairs with the rows as anchors, and, where it stands for its transpose too, with the columns."""
         s, bias = self.product(tile), self.call.row_bias
         z = self.buffer(1, tile).copy_(s) if bias is None else torch.add(s, bias[tile.i, None], out=self.buffer(1, tile))
-        yield Role(tile.i, 1, z if self.call.col_bias is None else z.add_(self.call.col_bias[tile.j]))
+        yield Role(tile.i, 1, z if self.call.col_bias is None else z.add_(self.call.col_bias[tile.j]), 2)
         if tile.mirrored:
-            yield Role(tile.j, 0, s if bias is None else s.add_(bias[tile.j]))
+            yield Role(tile.j, 0, s if bias is None else s.add_(bias[tile.j]), 1)
 
     def only_(self, values: Tensor, tile: Tile, wanted: int) -> Tensor:
         """The values with 0 at the pairs that are not in the set."""

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from . import pairs as pair_tiles
-from .engines import Call, normalised
-from .pairs import LOG2E, Pairs, Tile
+from .engines import Call, PairSum, normalised, zero_grads
+from .pairs import LOG2E, Pairs, Role, Tile
 
 # Sorting costs about as much as it saves while there are fewer tile rows than this.
 LABEL_ORDER_TILES = 4
@@ -63,7 +63,7 @@ def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: l
     rows = _Weights(pairs, row_weights)
     cols = rows if call.symmetric else _Weights(pairs, col_weights) if call.both_sides else None
 
-    dx, dy, drow_bias, dcol_bias = _grads(call, needs)
+    dx, dy, drow_bias, dcol_bias = zero_grads(call, needs)
     to_y, to_col_bias = (dx, drow_bias) if call.symmetric else (dy, dcol_bias)
 
     for tile in pairs.tiles():
@@ -83,19 +83,49 @@ def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: l
     return [dx, dy, drow_bias, dcol_bias]
 
 
-def pair_sum_fwd(call: Call, over: str, term: str) -> Tensor:
+def pair_sum(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> PairSum:
     pairs = Pairs(call)
     wanted = SETS.index(over)
-    sums = call.x.new_zeros(call.x.shape[0])
+    sums = call.x.new_zeros(call.x.shape[0]) if with_sums else None
+    dx, dy, drow_bias, dcol_bias = grads = zero_grads(call, needs)
+    to_y = dx if call.symmetric else dy
     for tile in pairs.tiles(wanted):
+        total: Tensor | None = None
         for role in pairs.roles(tile):
-            z = role.z.neg_() if term == "softplus" and over == "positives" else role.z
-            if term == "softplus" and pairs.host and z.amax().item() <= MULTIPLIED:
-                sums[role.anchors] += _log1p_sum(pairs.only_(z.mul_(LOG2E).exp2_(), tile, wanted), role.dim)
-            else:
-                values = logsigmoid(z.neg_()).neg_() if term == "softplus" else z  # not softplus: that is the identity from 20 on
-                sums[role.anchors] += pairs.only_(values, tile, wanted).sum(role.dim)
-    return sums
+            if weights is not None:
+                w = _slopes(role.z, over, term, pairs.buffer(role.spare, tile))
+                w = pairs.only_(w, tile, wanted).mul_(weights[role.anchors].unsqueeze(role.dim))
+                if drow_bias is not None:
+                    drow_bias[role.anchors] += w.sum(role.dim)
+                total = w if total is None else total.add_(w)
+            if sums is not None:
+                sums[role.anchors] += _term_sums(pairs, tile, role, over, term)
+        if total is None:
+            continue
+        if dcol_bias is not None:
+            dcol_bias[tile.j] += total.sum(0)
+        if dx is not None:
+            dx[tile.i].addmm_(total, pairs.y[tile.j])
+        if to_y is not None:  # on the diagonal too: there, a tile is not its own transpose
+            to_y[tile.j].addmm_(total.T, pairs.x[tile.i])
+    return sums, grads
+
+
+def _slopes(z: Tensor, over: str, term: str, out: Tensor) -> Tensor:
+    """The derivatives of the terms in z."""
+    if term == "linear":
+        return out.fill_(1)
+    return torch.neg(z, out=out).sigmoid_().neg_() if over == "positives" else torch.sigmoid(z, out=out)
+
+
+def _term_sums(pairs: Pairs, tile: Tile, role: Role, over: str, term: str) -> Tensor:
+    """The sums of the terms of each anchor. Overwrites z."""
+    wanted = SETS.index(over)
+    z = role.z.neg_() if term == "softplus" and over == "positives" else role.z
+    if term == "softplus" and pairs.host and z.amax().item() <= MULTIPLIED:
+        return _log1p_sum(pairs.only_(z.mul_(LOG2E).exp2_(), tile, wanted), role.dim)
+    values = logsigmoid(z.neg_()).neg_() if term == "softplus" else z  # not softplus: that is the identity from 20 on
+    return pairs.only_(values, tile, wanted).sum(role.dim)
 
 
 def _log1p_sum(e: Tensor, dim: int) -> Tensor:
@@ -109,41 +139,6 @@ def _log1p_sum(e: Tensor, dim: int) -> Tensor:
         a, b = e.chunk(2, dim)
         e = a.addcmul_(a, b).add_(b)
     return e.log1p_().sum(dim)
-
-
-def pair_sum_bwd(call: Call, over: str, term: str, weights: Tensor, needs: list[bool]) -> list[Tensor | None]:
-    pairs = Pairs(call)
-    wanted = SETS.index(over)
-    dx, dy, drow_bias, dcol_bias = _grads(call, needs)
-    to_y = dx if call.symmetric else dy
-    for tile in pairs.tiles(wanted):
-        total: Tensor | None = None
-        for role in pairs.roles(tile):
-            slope = _softplus_slope(role.z, over) if term == "softplus" else role.z.fill_(1)
-            w = pairs.only_(slope, tile, wanted).mul_(weights[role.anchors].unsqueeze(role.dim))
-            if drow_bias is not None:
-                drow_bias[role.anchors] += w.sum(role.dim)
-            total = w if total is None else total.add_(w)
-        assert total is not None
-        if dcol_bias is not None:
-            dcol_bias[tile.j] += total.sum(0)
-        if dx is not None:
-            dx[tile.i].addmm_(total, pairs.y[tile.j])
-        if to_y is not None:  # on the diagonal too: there, a tile is not its own transpose
-            to_y[tile.j].addmm_(total.T, pairs.x[tile.i])
-    return [dx, dy, drow_bias, dcol_bias]
-
-
-def _grads(call: Call, needs: list[bool]) -> list[Tensor | None]:
-    inputs = (call.x, call.y, call.row_bias, call.col_bias)
-    return [
-        torch.zeros_like(v, memory_format=torch.contiguous_format) if need and v is not None else None
-        for v, need in zip(inputs, needs, strict=True)
-    ]
-
-
-def _softplus_slope(z: Tensor, over: str) -> Tensor:
-    return z.neg_().sigmoid_().neg_() if over == "positives" else z.sigmoid_()
 
 
 def _pair_weights(pairs: Pairs, tile: Tile, z: Tensor, rows: "_Weights", cols: "_Weights | None") -> Tensor:

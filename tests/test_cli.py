@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from pairloss import engines, testing, tiled
 from pairloss.cli import app
+from pairloss.cli.measure import engine_name, small_call
 
 
 @pytest.fixture
@@ -111,7 +112,9 @@ def test_train_writes_numbers_and_picture(run, tmp_path, options, classes):
     results = json.loads((tmp_path / "deep/er/results.json").read_text())
     assert finite(results)
     assert results["data"] == {"name": "mine.npz", "train_rows": 15, "test_rows": 15, "classes": [str(i) for i in range(classes)]}
-    assert set(results["engines"].values()) == {"reference" if options else "torch"}
+    assert set(results["engines"].values()) == {
+        "reference" if options else engine_name(small_call(torch.device("cpu"), torch.float32), None)
+    }
     # Both start from the same weights.
     start, trained = ({k: v[0] for k, v in results[name]["entanglement"].items()} for name in ("plain", "snnl"))
     assert start == trained
@@ -188,7 +191,7 @@ def test_bad_data_is_one_clear_line(run, arrays, message):
         (("--lr", "0"), "--lr: expected a number > 0, got 0"),
         (("--test-fraction", "1"), "--test-fraction: expected a number > 0 and < 1, got 1"),
         (("--metric", "manhattan"), "--metric: expected one of cosine, dot, sqeuclidean, got 'manhattan'"),
-        (("--backend", "magic"), "--backend: expected one of reference, triton, torch, got 'magic'"),
+        (("--backend", "magic"), "--backend: expected one of reference, triton, cpu, torch, got 'magic'"),
         (("--device", "tpu"), "--device: expected cpu, cuda or cuda:NUMBER, got 'tpu'"),
         (("--device", "meta"), "--device: expected cpu, cuda or cuda:NUMBER, got 'meta'"),
         (("--device", "cuda:99"), "--device: cuda:99 is not available, PyTorch sees "),

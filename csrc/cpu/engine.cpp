@@ -1,0 +1,520 @@
+// Memory, threads and the order of tiles; what is computed in a tile is in kernels.cpp.
+#include "engine.h"
+
+#include <unistd.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <stdexcept>
+#include <system_error>
+#include <thread>
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace pairloss {
+
+#define PAIRLOSS_DECLARE(target)                \
+  namespace target {                            \
+  extern const Kernels<float> float_kernels;    \
+  extern const Kernels<double> double_kernels;  \
+  }
+PAIRLOSS_DECLARE(baseline)
+#ifdef PAIRLOSS_X86
+PAIRLOSS_DECLARE(avx2)
+PAIRLOSS_DECLARE(avx512)
+#endif
+
+namespace {
+
+struct Target {
+  const char* name;
+  bool (*here)();
+  const Kernels<float>* floats;
+  const Kernels<double>* doubles;
+};
+
+// Best first.
+const Target TARGETS[] = {
+#ifdef PAIRLOSS_X86
+    {"avx512", [] { return bool(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")); },
+     &avx512::float_kernels, &avx512::double_kernels},
+    {"avx2", [] { return bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")); }, &avx2::float_kernels,
+     &avx2::double_kernels},
+#endif
+    {"baseline", [] { return true; }, &baseline::float_kernels, &baseline::double_kernels},
+};
+
+std::atomic<const Target*> chosen{nullptr};
+
+const Target& target() {
+  if (const Target* t = chosen) return *t;
+  for (const Target& t : TARGETS) {
+    if (t.here()) return t;
+  }
+  throw std::logic_error("no target");
+}
+
+template <class T>
+const Kernels<T>& kernels() {
+  if constexpr (std::is_same_v<T, float>) {
+    return *target().floats;
+  } else {
+    return *target().doubles;
+  }
+}
+
+// A tile of weights and what it is multiplied with must stay in the second-level cache of a core; this share of it for the tile
+// measured best (bench/notes.md).
+constexpr double CACHE_SHARE = 0.3;
+constexpr int64_t CACHE_BYTES = 512 << 10;  // where the system doesn't say
+constexpr int64_t LARGEST_TILE = 512;
+// Floating-point operations that pay for another thread.
+constexpr double THREAD_FLOPS = 4e6;
+
+int64_t cache_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return CACHE_BYTES;
+}
+
+int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+template <class T>
+int64_t tile_size(int64_t wanted) {
+  const Kernels<T>& k = kernels<T>();
+  if (wanted > 0) return rounded_up(wanted, k.width);
+  const int64_t unit = std::lcm(k.rows, k.panel), fits = int64_t(std::sqrt(CACHE_SHARE * cache_bytes() / sizeof(T)));
+  return std::clamp(fits / unit * unit, unit, LARGEST_TILE / unit * unit);
+}
+
+// n entries, and PADDING more of value 0.
+template <class T>
+std::vector<T> padded(const T* from, int64_t n) {
+  std::vector<T> to(n + PADDING);
+  if (from) std::copy(from, from + n, to.begin());
+  return to;
+}
+
+// Runs f(0) ... f(threads - 1) at the same time, or fewer where threads can't be had. With OpenMP on the threads that torch keeps: its
+// library is loaded already, and threads of our own would have to wait for those that still spin after torch's last operation.
+template <class F>
+void in_parallel(int threads, F f) {
+  if (threads == 1) return f(0);
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+  f(omp_get_thread_num());
+#else
+  std::vector<std::thread> others;
+  try {
+    for (int t = 1; t < threads; ++t) others.emplace_back(f, t);
+  } catch (const std::system_error&) {
+  }
+  f(0);
+  for (std::thread& other : others) other.join();
+#endif
+}
+
+// A turn in something that tiles use one after another, in the order in which they were handed out.
+class Turn {
+ public:
+  int64_t draw() { return drawn_++; }  // under the lock of the order
+  void wait(int64_t ticket) const {
+    while (done_.load(std::memory_order_acquire) != ticket) std::this_thread::yield();
+  }
+  void pass() { done_.fetch_add(1, std::memory_order_release); }
+
+ private:
+  int64_t drawn_ = 0;
+  std::atomic<int64_t> done_{0};
+};
+
+template <class T>
+class Run {
+ public:
+  using Id = typename IdOf<T>::type;
+
+  explicit Run(const Call& call)
+      : call_(call),
+        kernels_(kernels<T>()),
+        symmetric_(call.symmetric),
+        m_(symmetric_ ? call.n : call.m),
+        tile_(tile_size<T>(call.tile)),
+        blocks_x_((call.n + tile_ - 1) / tile_),
+        blocks_y_((m_ + tile_ - 1) / tile_),
+        row_bias_(padded(static_cast<const T*>(call.row_bias), call.n)),
+        col_bias_(padded(static_cast<const T*>(call.col_bias), m_)) {
+    read_ids();
+    pairs_.x = {static_cast<const T*>(call.x), row_bias_.data(), ids_x_.data(), call.n + PADDING};
+    pairs_.y = pairs_.x;
+    if (!symmetric_) pairs_.y = {static_cast<const T*>(call.y), nullptr, ids_y_.data(), m_ + PADDING};
+    pairs_.y.bias = col_bias_.data();
+    pairs_.words = int(call.words * sizeof(int64_t) / sizeof(Id));
+    pairs_.d = call.d;
+    pairs_.circle = call.circle;
+    pairs_.m = T(call.margin);
+    pairs_.gamma = T(call.gamma);
+    pairs_.cutoff = T(call.cutoff);
+    pairs_.bounded = false;
+    const double pairs = double(call.n) * m_ / (symmetric_ ? 2 : 1);
+    const double worth = std::max(1.0, std::min(2 * pairs * call.d / THREAD_FLOPS, double(std::min(blocks_x_, blocks_y_))));
+    threads_ = std::clamp(int(worth), 1, std::max(1, call.threads));
+  }
+
+  void row_stats(T* row_sums, T* col_sums) {
+    share_bias();
+    pairs_.bounded = bound() <= NO_SHIFT;
+    pack(&panels_, call_.d, 1, call_.d, pairs_.y.rows, m_);
+    SumsOf rows(sets(), call_.n), cols(sets(), col_sums ? m_ : 0);
+    const Sums<T>&r = rows.sums, &c = symmetric_ ? rows.sums : cols.sums;
+    visit(MIXED, [&](const Tile& t, const Scratch<T>& b) {
+      kernels_.products(pairs_, t, panels(t), b);
+      kernels_.add_exponentials(pairs_, t, b, r, t.mirrored || col_sums ? &c : nullptr);
+    });
+    rows.put(row_sums, call_.n);
+    if (col_sums) cols.put(col_sums, m_);
+  }
+
+  void row_stats_backward(const T* row_weights, const T* col_weights, T* dx, T* dy, T* drow_bias, T* dcol_bias) {
+    share_bias();
+    const WeightsOf rows(sets(), call_.n, row_weights), cols(sets(), m_, col_weights);
+    backward(MIXED, dx, dy, drow_bias, dcol_bias, [&](const Tile& t, const Scratch<T>& b, T* row_bias, T* col_bias) {
+      const Weights<T>* of_cols = symmetric_ ? &rows.weights : col_weights ? &cols.weights : nullptr;
+      // x against itself: W_ij + W_ji. The diagonal's row sums see both (i, j) and (j, i).
+      T* to_cols = !symmetric_ ? col_bias : t.mirrored ? row_bias : nullptr;
+      kernels_.exponential_weights(pairs_, t, b, rows.weights, of_cols, row_bias, to_cols);
+      return !symmetric_ || t.mirrored;
+    });
+  }
+
+  void pair_sum(Set over, bool softplus, T* sums, const T* weights, T* dx, T* dy, T* drow_bias, T* dcol_bias) {
+    const std::vector<T> all = padded(weights, weights ? call_.n : 0);
+    const T* given = weights ? all.data() : nullptr;
+    backward(over, dx, dy, drow_bias, dcol_bias, [&](const Tile& t, const Scratch<T>& b, T* row_bias, T* col_bias) {
+      kernels_.pair_sum(pairs_, t, b, over, softplus, sums, given, row_bias, col_bias);
+      return true;  // on the diagonal too: there, a tile is not its own transpose
+    });
+  }
+
+ private:
+  static constexpr double NO_SHIFT = 28;
+
+  struct SumsOf {
+    std::vector<T> s, m;
+    Sums<T> sums;
+    int sets;
+    int64_t stride;
+
+    SumsOf(int sets, int64_t n)
+        : s(sets * (n + PADDING)), m(s.size(), -std::numeric_limits<T>::max()), sets(sets), stride(n + PADDING) {
+      for (int k = 0; k < 2; ++k) {
+        const int at = std::max(0, k - (2 - sets));
+        sums.s[k] = s.data() + at * stride;
+        sums.m[k] = m.data() + at * stride;
+      }
+    }
+
+    void put(T* to, int64_t n) const {
+      for (const std::vector<T>* part : {&s, &m}) {
+        for (int k = 0; k < sets; ++k, to += n) std::copy_n(part->data() + k * stride, n, to);
+      }
+    }
+  };
+
+  struct WeightsOf {
+    std::vector<T> parts[4];
+    Weights<T> weights;
+
+    WeightsOf(int sets, int64_t n, const T* from) {
+      if (!from) return;
+      for (int k = 0; k < 2 * sets; ++k) parts[k] = padded(from + k * n, n);
+      for (int k = 0; k < 2; ++k) {
+        const int at = std::max(0, k - (2 - sets));
+        weights.g[k] = parts[at].data();
+        weights.m[k] = parts[sets + at].data();
+      }
+    }
+  };
+
+  int sets() const { return call_.has_ids ? 2 : 1; }
+
+  // In row_stats x against itself has one bias, on both sides.
+  void share_bias() {
+    if (symmetric_) pairs_.y.bias = row_bias_.data();
+  }
+
+  // Of |z|: what the caller vouches for, or |x| |y|.
+  double bound() const {
+    if (call_.logit_bound <= NO_SHIFT || call_.row_bias || call_.col_bias || call_.circle) return call_.logit_bound;
+    const double longest = kernels_.longest(pairs_.x.rows, call_.n, call_.d);
+    return longest * (symmetric_ ? longest : kernels_.longest(pairs_.y.rows, m_, call_.d));
+  }
+
+  // Ids in the width of T: as they are, or ranks where they don't fit.
+  void read_ids() {
+    if (!call_.has_ids) return;
+    if (call_.words) {
+      ids_x_ = words(call_.ids_x, call_.n);
+      if (!symmetric_) ids_y_ = words(call_.ids_y, m_);
+      return;
+    }
+    std::vector<int64_t> ids(call_.ids_x, call_.ids_x + call_.n);
+    if (!symmetric_) ids.insert(ids.end(), call_.ids_y, call_.ids_y + m_);
+    const auto fits = [](int64_t id) { return id == int64_t(Id(id)); };
+    if (!std::all_of(ids.begin(), ids.end(), fits)) {
+      std::vector<int64_t> ordered = ids;
+      std::sort(ordered.begin(), ordered.end());
+      for (int64_t& id : ids) id = std::lower_bound(ordered.begin(), ordered.end(), id) - ordered.begin();
+    }
+    ids_x_.assign(call_.n + PADDING, 0);
+    std::copy_n(ids.begin(), call_.n, ids_x_.begin());
+    ranges_x_ = ranges(ids_x_, call_.n);
+    if (symmetric_) return;
+    ids_y_.assign(m_ + PADDING, 0);
+    std::copy_n(ids.begin() + call_.n, m_, ids_y_.begin());
+    ranges_y_ = ranges(ids_y_, m_);
+  }
+
+  // Multi-hot words in the width of T, word by word.
+  std::vector<Id> words(const int64_t* ids, int64_t n) const {
+    constexpr int PARTS = sizeof(int64_t) / sizeof(Id);
+    std::vector<Id> result(PARTS * call_.words * (n + PADDING));
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t w = 0; w < call_.words; ++w) {
+        for (int part = 0; part < PARTS; ++part) {
+          result[(w * PARTS + part) * (n + PADDING) + i] = Id(ids[i * call_.words + w] >> (part * 8 * sizeof(Id) % 64));
+        }
+      }
+    }
+    return result;
+  }
+
+  // The least and the greatest id of every block.
+  std::vector<std::pair<Id, Id>> ranges(const std::vector<Id>& ids, int64_t n) const {
+    std::vector<std::pair<Id, Id>> result;
+    for (int64_t i = 0; i < n; i += tile_) {
+      const auto [low, high] = std::minmax_element(ids.begin() + i, ids.begin() + std::min(n, i + tile_));
+      result.emplace_back(*low, *high);
+    }
+    return result;
+  }
+
+  Tile tile(int64_t block_x, int64_t block_y) const {
+    Tile t;
+    t.i = block_x * tile_;
+    t.j = block_y * tile_;
+    t.rows = int(std::min(tile_, call_.n - t.i));
+    t.cols = int(std::min(tile_, m_ - t.j));
+    t.set = call_.words ? MIXED : NEGATIVES;
+    if (call_.has_ids && !call_.words) {
+      const auto &x = ranges_x_[block_x], &y = (symmetric_ ? ranges_x_ : ranges_y_)[block_y];
+      if (x.first <= y.second && y.first <= x.second) t.set = x.first == x.second && x == y ? POSITIVES : MIXED;
+    }
+    t.left_out = call_.has_self ? call_.self_offset + t.i - t.j : -tile_;
+    t.mirrored = symmetric_ && block_x != block_y;
+    return t;
+  }
+
+  // Blocks of rows as panels: block by block, [depth, columns] each, as product.h has them.
+  struct Panels {
+    std::unique_ptr<T[]> data;
+    int64_t stride;
+  };
+
+  // Panels of blocks whose entry (k, j) is rows[k * stride_k + j * stride_j] from the block's first row on. depth 0: as many as the
+  // block has rows; else columns are.
+  void pack(Panels* panels, int64_t depth, int64_t stride_k, int64_t stride_j, const T* rows, int64_t n) {
+    const int64_t blocks = (n + tile_ - 1) / tile_, longest = std::min(tile_, n);
+    const int64_t columns = depth ? longest : call_.d;
+    panels->stride = rounded_up(columns, kernels_.panel) * (depth ? depth : longest);
+    panels->data.reset(new T[blocks * panels->stride]);
+    std::atomic<int64_t> next{0};
+    in_parallel(threads_, [&](int) {
+      for (int64_t k; (k = next++) < blocks;) {
+        const int64_t size = std::min(tile_, n - k * tile_);
+        kernels_.pack(rows + k * tile_ * call_.d, depth ? depth : size, depth ? size : call_.d, stride_k, stride_j,
+            panels->data.get() + k * panels->stride);
+      }
+    });
+  }
+
+  const T* panels(const Tile& t) const { return panels_.data.get() + t.j / tile_ * panels_.stride; }
+
+  // Weights of a tile from its products, by weigh(tile, scratch, row bias, column bias), whose result says whether the tile adds to
+  // the gradient of its candidates too.
+  template <class F>
+  void backward(Set wanted, T* dx, T* dy, T* drow_bias, T* dcol_bias, F weigh) {
+    T* to_y = symmetric_ ? dx : dy;
+    std::vector<T> row_bias(drow_bias ? call_.n + PADDING : 0), col_bias(dcol_bias ? m_ + PADDING : 0);
+    pack(&panels_, call_.d, 1, call_.d, pairs_.y.rows, m_);
+    Panels rows_x, rows_y;  // what weights are multiplied with
+    if (dx) pack(&rows_y, 0, call_.d, 1, pairs_.y.rows, m_);
+    if (to_y && !symmetric_) pack(&rows_x, 0, call_.d, 1, pairs_.x.rows, call_.n);
+    const Panels& for_y = symmetric_ ? rows_y : rows_x;
+    visit(wanted, [&](const Tile& t, const Scratch<T>& b) {
+      kernels_.products(pairs_, t, panels(t), b);
+      const bool to_cols = weigh(t, b, drow_bias ? row_bias.data() : nullptr, dcol_bias ? col_bias.data() : nullptr);
+      if (dx) kernels_.add_rows(t, call_.d, b, rows_y.data.get() + t.j / tile_ * rows_y.stride, dx);
+      if (to_y && to_cols) kernels_.add_cols(t, call_.d, b, for_y.data.get() + t.i / tile_ * for_y.stride, to_y);
+    });
+    if (drow_bias) std::copy_n(row_bias.begin(), call_.n, drow_bias);
+    if (dcol_bias) std::copy_n(col_bias.begin(), m_, dcol_bias);
+  }
+
+  // Calls f(tile, scratch) for all tiles, or for those that can hold pairs of one set. Tiles that share rows or columns are visited
+  // one after another and always in the same order: the result has the same bits for any number of threads.
+  template <class F>
+  void visit(Set wanted, F f) {
+    if (call_.n == 0 || m_ == 0) return;
+    std::vector<Turn> rows(blocks_x_), cols(symmetric_ ? 0 : blocks_y_);
+    std::vector<std::unique_ptr<T[]>> memory;
+    for (int thread = 0; thread < threads_; ++thread) memory.emplace_back(new T[scratch_size()]);
+    std::mutex order;
+    int64_t next = 0;
+    in_parallel(threads_, [&](int thread) {
+      const Scratch<T> b = scratch(memory[thread].get());
+      for (;;) {
+        Tile t;
+        Turn *of_rows, *of_cols;
+        int64_t row_ticket, col_ticket = 0;
+        {
+          const std::lock_guard<std::mutex> lock(order);
+          int64_t i, j;
+          do {
+            if (next == steps()) return;
+          } while (!place(next++, &i, &j) || !has(wanted, t = tile(i, j)));
+          of_rows = &rows[i];
+          of_cols = !symmetric_ ? &cols[j] : i != j ? &rows[j] : nullptr;
+          row_ticket = of_rows->draw();
+          if (of_cols) col_ticket = of_cols->draw();
+        }
+        of_rows->wait(row_ticket);
+        if (of_cols) of_cols->wait(col_ticket);
+        f(t, b);
+        of_rows->pass();
+        if (of_cols) of_cols->pass();
+      }
+    });
+  }
+
+  static bool has(Set wanted, const Tile& t) { return wanted == MIXED || t.set == MIXED || t.set == wanted; }
+
+  // Tiles in rounds, no two of a round with rows or columns in common. x against itself: i + j is the round's number modulo the blocks,
+  // so that each block meets one other, or itself.
+  int64_t steps() const { return blocks_x_ * blocks_y_; }
+
+  bool place(int64_t step, int64_t* i, int64_t* j) const {
+    const int64_t width = std::min(blocks_x_, blocks_y_), other = std::max(blocks_x_, blocks_y_);
+    const int64_t round = step / width, first = step % width;
+    if (symmetric_) {
+      *i = first;
+      *j = (round - first + other) % other;
+      return *i <= *j;
+    }
+    const int64_t second = (first + round) % other;
+    *i = blocks_x_ <= blocks_y_ ? first : second;
+    *j = blocks_x_ <= blocks_y_ ? second : first;
+    return true;
+  }
+
+  int64_t row_stride() const {
+    const int64_t line = 64 / sizeof(T);  // an odd number of cache lines: rows must not compete for the same places in the cache
+    return ((std::min(tile_, m_) + line - 1) / line | 1) * line;
+  }
+
+  int64_t vector_size() const { return rounded_up(tile_, PADDING) + PADDING; }
+
+  int64_t scratch_size() const { return std::min(tile_, call_.n) * row_stride() + PADDING + 9 * vector_size(); }
+
+  Scratch<T> scratch(T* memory) const {
+    Scratch<T> b;
+    b.z = memory;
+    b.stride = row_stride();
+    memory += std::min(tile_, call_.n) * b.stride + PADDING;
+    b.slope = memory;
+    for (T** part : {b.row_total, b.row_shift, b.col_total, b.col_shift}) {
+      for (int k = 0; k < 2; ++k) part[k] = memory += vector_size();
+    }
+    return b;
+  }
+
+  const Call& call_;
+  const Kernels<T>& kernels_;
+  const bool symmetric_;
+  const int64_t m_, tile_, blocks_x_, blocks_y_;
+  const std::vector<T> row_bias_, col_bias_;
+  std::vector<Id> ids_x_, ids_y_;
+  std::vector<std::pair<Id, Id>> ranges_x_, ranges_y_;
+  Pairs<T> pairs_;
+  Panels panels_;
+  int threads_;
+};
+
+template <class F>
+void with_type(const Call& call, F f) {
+  if (call.is_double) {
+    f(double());
+  } else {
+    f(float());
+  }
+}
+
+}  // namespace
+
+void row_stats(const Call& call, void* row_sums, void* col_sums) {
+  with_type(call, [&](auto type) {
+    using T = decltype(type);
+    Run<T>(call).row_stats(static_cast<T*>(row_sums), static_cast<T*>(col_sums));
+  });
+}
+
+void row_stats_backward(
+    const Call& call, const void* row_weights, const void* col_weights, void* dx, void* dy, void* drow_bias, void* dcol_bias) {
+  with_type(call, [&](auto type) {
+    using T = decltype(type);
+    Run<T>(call).row_stats_backward(static_cast<const T*>(row_weights), static_cast<const T*>(col_weights), static_cast<T*>(dx),
+        static_cast<T*>(dy), static_cast<T*>(drow_bias), static_cast<T*>(dcol_bias));
+  });
+}
+
+void pair_sum(const Call& call, bool over_positives, bool softplus, void* sums, const void* weights, void* dx, void* dy,
+    void* drow_bias, void* dcol_bias) {
+  with_type(call, [&](auto type) {
+    using T = decltype(type);
+    Run<T>(call).pair_sum(over_positives ? POSITIVES : NEGATIVES, softplus, static_cast<T*>(sums), static_cast<const T*>(weights),
+        static_cast<T*>(dx), static_cast<T*>(dy), static_cast<T*>(drow_bias), static_cast<T*>(dcol_bias));
+  });
+}
+
+int64_t tile_rows(bool is_double, int64_t tile) { return is_double ? tile_size<double>(tile) : tile_size<float>(tile); }
+
+std::vector<std::string> targets() {
+  std::vector<std::string> names;
+  for (const Target& t : TARGETS) {
+    if (t.here()) names.push_back(t.name);
+  }
+  return names;
+}
+
+void use_target(const std::string& name) {
+  const Target* found = nullptr;
+  for (const Target& t : TARGETS) {
+    if (t.here() && name == t.name) found = &t;
+  }
+  if (!found && !name.empty()) throw std::invalid_argument("target: expected one of pairloss._cpu.targets(), got " + name);
+  chosen = found;
+}
+
+}  // namespace pairloss

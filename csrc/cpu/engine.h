@@ -1,0 +1,47 @@
+// The primitive on the CPU: the same calls as pairloss/engines.py lists, on raw memory.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace pairloss {
+
+// Arguments as in pairloss.engines.Call; arrays are contiguous, float or double, ids int64, and null where there are none (or nothing
+// is in them).
+struct Call {
+  bool is_double;
+  bool symmetric;  // x against itself: y, ids_y, col_bias null
+  bool has_ids;
+  int64_t n, m, d;
+  const void *x, *y;
+  const int64_t *ids_x, *ids_y;  // [n]; or [n, words] of multi-hot ones, words > 0
+  int64_t words;
+  bool has_self;
+  int64_t self_offset;
+  const void *row_bias, *col_bias;
+  bool circle;
+  double margin, gamma, cutoff, logit_bound;
+  int64_t tile;  // rows and columns, 0: what fits the cache
+  int threads;
+};
+
+// Sums and weights [2, K, n]: s and m of the sum s e^m, g and m of the weight g e^-m. Null columns: without both_sides.
+void row_stats(const Call&, void* row_sums, void* col_sums);
+
+// Gradients are added to; null ones are not wanted.
+void row_stats_backward(
+    const Call&, const void* row_weights, const void* col_weights, void* dx, void* dy, void* drow_bias, void* dcol_bias);
+
+// The sums [n] and, with weights [n], the gradients; either may be null.
+void pair_sum(const Call&, bool over_positives, bool softplus, void* sums, const void* weights, void* dx, void* dy, void* drow_bias,
+    void* dcol_bias);
+
+// The rows and columns of a tile, from what Call::tile says.
+int64_t tile_rows(bool is_double, int64_t tile);
+
+// The instruction sets that this processor has and this build serves, best first; and which one is used ("" = the best).
+std::vector<std::string> targets();
+void use_target(const std::string&);
+
+}  // namespace pairloss

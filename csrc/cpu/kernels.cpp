@@ -1,0 +1,414 @@
+// The functions of kernels.h for one instruction set, PAIRLOSS_TARGET. Nothing here may come out of line under a name that other
+// translation units share: the linker would keep one copy, of one instruction set, for all.
+#include "kernels.h"
+
+#include <cmath>
+#include <type_traits>
+
+#include "product.h"
+#include "vector.h"
+
+namespace pairloss {
+namespace {
+
+// Logits this close together share one shift: e^-55 below the largest, 14 digits are left below the smallest for sums. Those this
+// close to 0 need none. As in pairloss/pairs.py.
+constexpr double SPREAD = 55, NO_SHIFT = 28;
+
+template <class T>
+constexpr T INFINITE = std::numeric_limits<T>::infinity();
+template <class T>
+constexpr T LOWEST = -std::numeric_limits<T>::max();
+
+// Calls f with the two conditions as types.
+template <class F>
+inline void with(bool a, bool b, F f) {
+  if (a) {
+    b ? f(std::true_type(), std::true_type()) : f(std::true_type(), std::false_type());
+  } else {
+    b ? f(std::false_type(), std::true_type()) : f(std::false_type(), std::false_type());
+  }
+}
+
+// Whether values from low to high can share a shift, and which. No values at all: low > high.
+template <class T>
+bool shared_shift(T low, T high, T* shift) {
+  *shift = low > high || (low >= T(-NO_SHIFT) && high <= T(NO_SHIFT)) ? T(0) : (low + high) / 2;
+  return high - low <= T(SPREAD);
+}
+
+// All bits of a lane set where the pair is positive.
+template <class T, bool MIX>
+PAIRLOSS_INLINE IntVec<T> same_id(const Pairs<T>& p, const Tile& t, int i, int j) {
+  if constexpr (!MIX) return IntVec<T>{} - typename Number<T>::Int(t.set == POSITIVES);
+  const auto *x = p.x.ids + t.i + i, *y = p.y.ids + t.j + j;
+  if (p.words == 0) return load_ids<T>(y) == *x;
+  IntVec<T> common = {};
+  for (int w = 0; w < p.words; ++w) common |= load_ids<T>(y + w * p.y.stride) & x[w * p.x.stride];
+  return common != 0;
+}
+
+// Row i with `value` at the pair that is left out and in the columns beyond the last.
+template <class T>
+PAIRLOSS_INLINE void leave_out(const Tile& t, int i, T* row, T value) {
+  const int64_t j = t.left_out + i;
+  if (j >= 0 && j < t.cols) row[j] = value;
+  for (int64_t k = t.cols; k % WIDTH<T>; ++k) row[k] = value;
+}
+
+// The logits of row i over its products; -inf at pairs in no set. With the circle score its slopes, negative for positives.
+template <class T, bool MIX, bool CIRCLE>
+PAIRLOSS_INLINE void row_logits(const Pairs<T>& p, const Tile& t, const Scratch<T>& b, int i) {
+  T* z = b.z + i * b.stride;
+  const T bias = p.x.bias[t.i + i];
+  for (int j = 0; j < t.cols; j += WIDTH<T>) {
+    const Vec<T> s = load(z + j);
+    const IntVec<T> same = same_id<T, MIX>(p, t, i, j);
+    Vec<T> v = s;
+    if constexpr (CIRCLE) {
+      const Vec<T> r = same ? T(1) - s : s, slope = circle_slope(r, p.m, p.gamma);
+      v = rounded(circle(r, slope, p.m));
+      store(b.slope + j, same ? -slope : slope);
+    }
+    v += bias + load(p.y.bias + t.j + j);  // the biases first: z_ij and z_ji round alike
+    store(z + j, (s < p.cutoff) & ~same ? broadcast(-INFINITE<T>) : v);
+  }
+  leave_out(t, i, z, -INFINITE<T>);
+}
+
+// Adds total e^shift, entry by entry, to the sums s e^m.
+template <class T>
+void add_to_sums(int64_t n, const T* total, const T* shift, T* s, T* m) {
+  for (int64_t i = 0; i < n; i += WIDTH<T>) {
+    const Vec<T> more = load(total + i), theirs = load(shift + i), ours = load(m + i);
+    // Not the shift of a tile in which the row has nothing: it would drown what the row has elsewhere.
+    const Vec<T> top = more == T(0) ? ours : larger(ours, theirs);
+    store(s + i, load(s + i) * exp<T>(ours - top) + more * exp<T>(theirs - top));
+    store(m + i, top);
+  }
+}
+
+// The two sets that a tile may have, or its one.
+template <class T, bool MIX>
+struct Split {
+  int first;
+  Vec<T> sum[2] = {};
+
+  explicit Split(const Tile& t) : first(MIX ? POSITIVES : t.set) {}
+
+  PAIRLOSS_INLINE void add(Vec<T> e, IntVec<T> same) {
+    if constexpr (MIX) {
+      sum[POSITIVES] += same ? e : Vec<T>{};
+      sum[NEGATIVES] += same ? Vec<T>{} : e;
+    } else {
+      sum[0] += e;
+    }
+  }
+
+  PAIRLOSS_INLINE void add_to_columns(Vec<T> e, IntVec<T> same, T* const total[2], int j) const {
+    if constexpr (MIX) {
+      store(total[POSITIVES] + j, load(total[POSITIVES] + j) + (same ? e : Vec<T>{}));
+      store(total[NEGATIVES] + j, load(total[NEGATIVES] + j) + (same ? Vec<T>{} : e));
+    } else {
+      store(total[first] + j, load(total[first] + j) + e);
+    }
+  }
+
+  PAIRLOSS_INLINE void put_row(T* const total[2], int i) const {
+    if constexpr (MIX) total[NEGATIVES][i] = pairloss::sum<T>(sum[NEGATIVES]);
+    total[first][i] = pairloss::sum<T>(sum[0]);
+  }
+};
+
+template <class T, bool MIX>
+PAIRLOSS_INLINE void sum_row(const Pairs<T>& p, const Tile& t, const Scratch<T>& b, int i, T shift) {
+  const T* z = b.z + i * b.stride;
+  Split<T, MIX> split(t);
+  for (int j = 0; j < t.cols; j += WIDTH<T>) {
+    const IntVec<T> same = same_id<T, MIX>(p, t, i, j);
+    const Vec<T> e = exp<T>(load(z + j) - shift);
+    split.add(e, same);
+    split.add_to_columns(e, same, b.col_total, j);
+  }
+  split.put_row(b.row_total, i);
+}
+
+template <class T>
+PAIRLOSS_INLINE T largest(Vec<T> v) {
+  T top = v[0];
+  for (int k = 1; k < WIDTH<T>; ++k) top = v[k] > top ? v[k] : top;
+  return top;
+}
+
+// The sums of a tile whose logits lie far apart: every row and every column has a shift of its own, its maximum.
+template <class T, bool MIX>
+void sum_apart(Pairs<T> p, Tile t, Scratch<T> b) {
+  const int first = MIX ? POSITIVES : t.set, last = MIX ? NEGATIVES : t.set;
+  for (int k = first; k <= last; ++k) {
+    for (int j = 0; j < t.cols; j += WIDTH<T>) store(b.col_shift[k] + j, broadcast(LOWEST<T>));
+  }
+  for (int i = 0; i < t.rows; ++i) {
+    const T* z = b.z + i * b.stride;
+    for (int k = first; k <= last; ++k) {
+      Vec<T> top = broadcast(LOWEST<T>);
+      for (int j = 0; j < t.cols; j += WIDTH<T>) {
+        Vec<T> v = load(z + j);
+        if constexpr (MIX) {
+          const IntVec<T> same = same_id<T, MIX>(p, t, i, j);
+          v = (k == POSITIVES ? same : ~same) ? v : broadcast(-INFINITE<T>);
+        }
+        top = larger(top, v);
+        store(b.col_shift[k] + j, larger(load(b.col_shift[k] + j), v));
+      }
+      b.row_shift[k][i] = largest<T>(top);
+    }
+  }
+  for (int i = 0; i < t.rows; ++i) {
+    const T* z = b.z + i * b.stride;
+    Split<T, MIX> split(t);
+    for (int j = 0; j < t.cols; j += WIDTH<T>) {
+      const IntVec<T> same = same_id<T, MIX>(p, t, i, j);
+      const Vec<T> v = load(z + j), of_row = broadcast(b.row_shift[first][i]), of_col = load(b.col_shift[first] + j);
+      split.add(exp<T>(v - (MIX ? (same ? of_row : broadcast(b.row_shift[last][i])) : of_row)), same);
+      split.add_to_columns(exp<T>(v - (MIX ? (same ? of_col : load(b.col_shift[last] + j)) : of_col)), same, b.col_total, j);
+    }
+    split.put_row(b.row_total, i);
+  }
+}
+
+template <class T, bool MIX, bool CIRCLE>
+void add_exponentials(Pairs<T> p, Tile t, Scratch<T> b, const Sums<T>& rows, const Sums<T>* cols) {
+  const int first = MIX ? POSITIVES : t.set, last = MIX ? NEGATIVES : t.set;
+  for (int k = first; k <= last; ++k) {
+    for (int j = 0; j < t.cols; j += WIDTH<T>) store(b.col_total[k] + j, Vec<T>{});
+  }
+  T shift = 0;
+  bool shared = true;
+  if (p.bounded) {
+    for (int i = 0; i < t.rows; ++i) {
+      row_logits<T, MIX, CIRCLE>(p, t, b, i);
+      sum_row<T, MIX>(p, t, b, i, shift);
+    }
+  } else {
+    Vec<T> low = broadcast(INFINITE<T>), high = broadcast(-INFINITE<T>);
+    for (int i = 0; i < t.rows; ++i) {
+      row_logits<T, MIX, CIRCLE>(p, t, b, i);
+      for (int j = 0; j < t.cols; j += WIDTH<T>) {
+        const Vec<T> z = load(b.z + i * b.stride + j);
+        high = larger(high, z);
+        low = z == -INFINITE<T> ? low : smaller(low, z);
+      }
+    }
+    shared = shared_shift(-largest<T>(-low), largest<T>(high), &shift);
+    if (shared) {
+      for (int i = 0; i < t.rows; ++i) sum_row<T, MIX>(p, t, b, i, shift);
+    } else {
+      sum_apart<T, MIX>(p, t, b);
+    }
+  }
+  for (int k = first; k <= last; ++k) {
+    if (shared) {
+      for (int i = 0; i < t.rows; i += WIDTH<T>) store(b.row_shift[k] + i, broadcast(shift));
+      for (int j = 0; j < t.cols; j += WIDTH<T>) store(b.col_shift[k] + j, broadcast(shift));
+    }
+    add_to_sums(t.rows, b.row_total[k], b.row_shift[k], rows.s[k] + t.i, rows.m[k] + t.i);
+    if (cols) add_to_sums(t.cols, b.col_total[k], b.col_shift[k], cols->s[k] + t.j, cols->m[k] + t.j);
+  }
+}
+
+// Widens low and high to the m of the n weights that are not 0.
+template <class T>
+void widen(int64_t n, const T* g, const T* m, T* low, T* high) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (g[i] == 0) continue;
+    // Written so that a NaN sticks.
+    if (!(m[i] >= *low)) *low = m[i];
+    if (!(m[i] <= *high)) *high = m[i];
+  }
+}
+
+// g e^(shift - m) of n weights, 0 where g is.
+template <class T>
+void shift_weights(int64_t n, const T* g, const T* m, T shift, T* to) {
+  for (int64_t i = 0; i < n; i += WIDTH<T>) {
+    const Vec<T> gi = load(g + i);
+    store(to + i, gi == T(0) ? Vec<T>{} : gi * exp<T>(shift - load(m + i)));
+  }
+}
+
+template <class T, bool MIX, bool CIRCLE>
+void exponential_weights(
+    Pairs<T> p, Tile t, Scratch<T> b, const Weights<T>& rows, const Weights<T>* cols, T* row_bias, T* col_bias) {
+  const int first = MIX ? POSITIVES : t.set, last = MIX ? NEGATIVES : t.set;
+  T low = INFINITE<T>, high = -INFINITE<T>, shift;
+  for (int k = first; k <= last; ++k) {
+    widen(t.rows, rows.g[k] + t.i, rows.m[k] + t.i, &low, &high);
+    if (cols) widen(t.cols, cols->g[k] + t.j, cols->m[k] + t.j, &low, &high);
+  }
+  const bool shared = shared_shift(low, high, &shift);
+  if (shared) {
+    for (int k = first; k <= last; ++k) {
+      shift_weights(t.rows, rows.g[k] + t.i, rows.m[k] + t.i, shift, b.row_total[k]);
+      if (cols) shift_weights(t.cols, cols->g[k] + t.j, cols->m[k] + t.j, shift, b.col_total[k]);
+    }
+  }
+  if (!cols) {
+    for (int k = first; k <= last; ++k) {
+      for (int j = 0; j < t.cols; j += WIDTH<T>) store(b.col_total[k] + j, Vec<T>{});
+    }
+  }
+
+  for (int i = 0; i < t.rows; ++i) {
+    T* z = b.z + i * b.stride;
+    Vec<T> row_sum = {};
+    row_logits<T, MIX, CIRCLE>(p, t, b, i);
+    for (int j = 0; j < t.cols; j += WIDTH<T>) {
+      const IntVec<T> same = same_id<T, MIX>(p, t, i, j);
+      const Vec<T> v = load(z + j);
+      Vec<T> a;
+      if (shared) {  // one exponential serves both roles
+        a = b.row_total[first][i] + load(b.col_total[first] + j);
+        if constexpr (MIX) a = same ? a : b.row_total[last][i] + load(b.col_total[last] + j);
+        a *= exp<T>(v - shift);
+      } else {
+        const int64_t r = t.i + i, c = t.j + j;
+        const Vec<T> g = MIX ? (same ? broadcast(rows.g[first][r]) : broadcast(rows.g[last][r])) : broadcast(rows.g[first][r]);
+        const Vec<T> m = MIX ? (same ? broadcast(rows.m[first][r]) : broadcast(rows.m[last][r])) : broadcast(rows.m[first][r]);
+        a = g * exp<T>(v - m);
+        if (cols) {
+          const Vec<T> h = MIX ? (same ? load(cols->g[first] + c) : load(cols->g[last] + c)) : load(cols->g[first] + c);
+          const Vec<T> n = MIX ? (same ? load(cols->m[first] + c) : load(cols->m[last] + c)) : load(cols->m[first] + c);
+          a += h * exp<T>(v - n);
+        }
+      }
+      row_sum += a;
+      if (col_bias) store(col_bias + t.j + j, load(col_bias + t.j + j) + a);
+      if constexpr (CIRCLE) a *= load(b.slope + j);
+      store(z + j, a);
+    }
+    if (row_bias) row_bias[t.i + i] += sum<T>(row_sum);
+  }
+}
+
+// What a pair sum adds up, of v = z over negatives and v = -z over positives; v is -inf at pairs that don't count.
+template <class T, bool SOFTPLUS, bool POSITIVE>
+struct Term {
+  Vec<T> value, slope;  // of the term, in z
+
+  explicit inline Term(Vec<T> v) {
+    if constexpr (SOFTPLUS) {
+      const Vec<T> e = exp<T>(v < T(0) ? v : -v);
+      value = softplus<Number<T>::LOG_TERMS, T>(v, e);
+      slope = sigmoid<T>(v, e);
+      if constexpr (POSITIVE) slope = -slope;
+    } else {
+      const IntVec<T> none = v == -INFINITE<T>;
+      value = none ? Vec<T>{} : (POSITIVE ? -v : v);
+      slope = none ? Vec<T>{} : broadcast(T(1));
+    }
+  }
+};
+
+template <class T, bool SOFTPLUS, bool POSITIVE>
+void pair_sum(Pairs<T> p, Tile t, Scratch<T> b, T* sums, const T* weights, T* row_bias, T* col_bias) {
+  using TermOf = Term<T, SOFTPLUS, POSITIVE>;
+  const T sign = POSITIVE ? -1 : 1;
+  const bool mixed = t.set == MIXED;
+  T *col_sums = b.col_total[0], *col_weights = b.col_total[1];
+  for (int j = 0; j < t.cols; j += WIDTH<T>) {
+    store(col_sums + j, Vec<T>{});
+    store(col_weights + j, Vec<T>{});
+  }
+  for (int i = 0; i < t.rows; ++i) {
+    T* z = b.z + i * b.stride;
+    leave_out(t, i, z, -sign * INFINITE<T>);
+    const T bias = p.x.bias[t.i + i], weight = weights ? weights[t.i + i] : T(0);
+    Vec<T> row_sum = {}, row_weight = {};
+    for (int j = 0; j < t.cols; j += WIDTH<T>) {
+      Vec<T> s = load(z + j);
+      if (mixed) {
+        const IntVec<T> same = same_id<T, true>(p, t, i, j);
+        s = (POSITIVE ? same : ~same) ? s : broadcast(-sign * INFINITE<T>);
+      }
+      const TermOf of_row(sign * (s + (bias + load(p.y.bias + t.j + j))));
+      row_sum += of_row.value;
+      Vec<T> w = weight * of_row.slope;
+      row_weight += w;
+      if (t.mirrored) {  // x against itself: an anchor's bias counts in its own role only
+        const TermOf of_col(sign * (s + load(p.x.bias + t.j + j)));
+        const Vec<T> w_col = weights ? load(weights + t.j + j) * of_col.slope : Vec<T>{};
+        store(col_sums + j, load(col_sums + j) + of_col.value);
+        store(col_weights + j, load(col_weights + j) + w_col);
+        w += w_col;
+      } else {
+        store(col_weights + j, load(col_weights + j) + w);
+      }
+      store(z + j, w);
+    }
+    if (sums) sums[t.i + i] += sum<T>(row_sum);
+    if (row_bias) row_bias[t.i + i] += sum<T>(row_weight);
+  }
+  T* bias_of_cols = t.mirrored ? row_bias : col_bias;
+  for (int j = 0; j < t.cols; ++j) {
+    if (t.mirrored && sums) sums[t.j + j] += col_sums[j];
+    if (bias_of_cols) bias_of_cols[t.j + j] += col_weights[j];
+  }
+}
+
+template <class T>
+T longest(const T* a, int64_t n, int64_t d) {
+  T top = 0;
+  for (int64_t i = 0; i < n; ++i, a += d) {
+    Vec<T> squares = {};
+    int64_t k = 0;
+    for (; k + WIDTH<T> <= d; k += WIDTH<T>) squares += load(a + k) * load(a + k);
+    T square = sum<T>(squares);
+    for (; k < d; ++k) square += a[k] * a[k];
+    top = square > top ? square : top;
+  }
+  return std::sqrt(top);
+}
+
+template <class T>
+constexpr Kernels<T> table() {
+  Kernels<T> k{};
+  k.rows = ROWS;
+  k.panel = PANEL<T>;
+  k.width = WIDTH<T>;
+  k.pack = pack<T>;
+  k.longest = longest<T>;
+  k.products = [](const Pairs<T>& p, const Tile& t, const T* panels, const Scratch<T>& b) {
+    product<T, false>(t.rows, t.cols, p.d, p.x.rows + t.i * p.d, p.d, panels, b.z, b.stride, false);
+  };
+  k.add_exponentials = [](const Pairs<T>& p, const Tile& t, const Scratch<T>& b, const Sums<T>& rows, const Sums<T>* cols) {
+    with(t.set == MIXED, p.circle, [&](auto mix, auto circle) { add_exponentials<T, mix, circle>(p, t, b, rows, cols); });
+  };
+  k.exponential_weights = [](const Pairs<T>& p, const Tile& t, const Scratch<T>& b, const Weights<T>& rows, const Weights<T>* cols,
+                              T* row_bias, T* col_bias) {
+    with(t.set == MIXED, p.circle, [&](auto mix, auto circle) {
+      exponential_weights<T, mix, circle>(p, t, b, rows, cols, row_bias, col_bias);
+    });
+  };
+  k.pair_sum = [](const Pairs<T>& p, const Tile& t, const Scratch<T>& b, Set over, bool softplus, T* sums, const T* weights,
+                   T* row_bias, T* col_bias) {
+    with(softplus, over == POSITIVES, [&](auto soft, auto positive) {
+      pair_sum<T, soft, positive>(p, t, b, sums, weights, row_bias, col_bias);
+    });
+  };
+  k.add_rows = [](const Tile& t, int64_t d, const Scratch<T>& b, const T* panels, T* to) {
+    product<T, false>(t.rows, d, t.cols, b.z, b.stride, panels, to + t.i * d, d, true);
+  };
+  k.add_cols = [](const Tile& t, int64_t d, const Scratch<T>& b, const T* panels, T* to) {
+    product<T, true>(t.cols, d, t.rows, b.z, b.stride, panels, to + t.j * d, d, true);
+  };
+  return k;
+}
+
+}  // namespace
+
+namespace PAIRLOSS_TARGET {
+extern const Kernels<float> float_kernels = table<float>();
+extern const Kernels<double> double_kernels = table<double>();
+}  // namespace PAIRLOSS_TARGET
+
+}  // namespace pairloss

@@ -1,0 +1,104 @@
+// What is computed in one tile of pairs. kernels.cpp is compiled once for each instruction set and makes a table of these functions;
+// engine.cpp chooses a table, owns the memory and visits the tiles.
+#pragma once
+
+#include <cstdint>
+
+namespace pairloss {
+
+// Vectors are read in whole registers: every array of this engine goes on for so many entries.
+constexpr int PADDING = 64;
+
+enum Set { POSITIVES = 0, NEGATIVES = 1, MIXED = 2 };
+
+// Ids are as wide as numbers, so that a comparison of ids selects numbers.
+template <class T>
+struct IdOf;
+template <>
+struct IdOf<float> {
+  typedef int32_t type;
+};
+template <>
+struct IdOf<double> {
+  typedef int64_t type;
+};
+
+template <class T>
+struct Side {
+  const T* rows;                     // [n, d]
+  const T* bias;                     // [n], zeros where there is none
+  const typename IdOf<T>::type* ids;  // [n]; words [words, stride]; null without ids
+  int64_t stride;
+};
+
+template <class T>
+struct Pairs {
+  Side<T> x, y;
+  int64_t d;
+  int words;     // 0: equal ids are positive; else ids are so many words, and a common bit is
+  bool bounded;  // no logit needs a shift
+  bool circle;
+  T m, gamma;
+  T cutoff;  // -inf: none
+};
+
+// Anchors i, i + 1, ... against candidates j, j + 1, ...
+struct Tile {
+  int64_t i, j;
+  int rows, cols;
+  Set set;           // that all pairs are in; without ids NEGATIVES
+  int64_t left_out;  // in row r the pair of column left_out + r is left out
+  bool mirrored;     // x against itself, off the diagonal: the tile stands for its transpose too
+};
+
+// By set; without ids only NEGATIVES is there.
+template <class T>
+struct Sums {
+  T *s[2], *m[2];  // s e^m
+};
+
+template <class T>
+struct Weights {
+  const T *g[2], *m[2];  // g e^-m
+};
+
+// A thread's memory for one tile.
+template <class T>
+struct Scratch {
+  T* z;            // [rows, stride]: products, then logits, then weights of the pairs
+  int64_t stride;  // columns, and enough to keep rows out of each other's cache lines
+  T* slope;        // [cols], of one row
+  T *row_total[2], *row_shift[2], *col_total[2], *col_shift[2];
+};
+
+template <class T>
+struct Kernels {
+  int rows, panel, width;  // what the tile's sides are best multiples of, and must be multiples of
+
+  // As product.h packs.
+  void (*pack)(const T* a, int64_t depth, int64_t columns, int64_t stride_k, int64_t stride_j, T* panels);
+
+  // The greatest norm of the rows a [n, d].
+  T (*longest)(const T* a, int64_t n, int64_t d);
+
+  // z = <x_i, y_j>, from the panels of the tile's candidates [d, cols].
+  void (*products)(const Pairs<T>&, const Tile&, const T* panels, const Scratch<T>&);
+
+  // From products: adds the exponentials of the logits to the sums of the tile's rows and, where there are any, of its columns.
+  void (*add_exponentials)(const Pairs<T>&, const Tile&, const Scratch<T>&, const Sums<T>& rows, const Sums<T>* cols);
+
+  // From products: z = W, the gradient's weights; adds those of the biases to row_bias [n] and col_bias [m], where not null.
+  void (*exponential_weights)(
+      const Pairs<T>&, const Tile&, const Scratch<T>&, const Weights<T>& rows, const Weights<T>* cols, T* row_bias, T* col_bias);
+
+  // From products: adds the terms of the pairs in set `over` to sums [n] where not null; with the anchors' weights [n], where not null,
+  // z = W, and the biases' weights as above. x against itself: row_bias is the anchor's alone, and col_bias null.
+  void (*pair_sum)(
+      const Pairs<T>&, const Tile&, const Scratch<T>&, Set over, bool softplus, T* sums, const T* weights, T* row_bias, T* col_bias);
+
+  // to += W a and to += W^T a, from the panels [cols, d] or [rows, d] of what the weights belong to.
+  void (*add_rows)(const Tile&, int64_t d, const Scratch<T>&, const T* panels, T* to);
+  void (*add_cols)(const Tile&, int64_t d, const Scratch<T>&, const T* panels, T* to);
+};
+
+}  // namespace pairloss

@@ -1,0 +1,45 @@
+"""csrc/cpu/bindings.cpp. Pointers are integers, 0 for null."""
+
+class Call:
+    def __init__(
+        self,
+        *,
+        is_double: bool,
+        symmetric: bool,
+        has_ids: bool,
+        n: int,
+        m: int,
+        d: int,
+        x: int,
+        y: int,
+        ids_x: int,
+        ids_y: int,
+        words: int,
+        self_offset: int | None,
+        row_bias: int,
+        col_bias: int,
+        circle: bool,
+        margin: float,
+        gamma: float,
+        cutoff: float,
+        logit_bound: float,
+        tile: int,
+        threads: int,
+    ) -> None: ...
+
+def row_stats(call: Call, row_sums: int, col_sums: int) -> None: ...
+def row_stats_backward(call: Call, row_weights: int, col_weights: int, dx: int, dy: int, drow_bias: int, dcol_bias: int) -> None: ...
+def pair_sum(
+    call: Call,
+    over_positives: bool,
+    softplus: bool,
+    sums: int,
+    weights: int,
+    dx: int,
+    dy: int,
+    drow_bias: int,
+    dcol_bias: int,
+) -> None: ...
+def tile_rows(is_double: bool, tile: int) -> int: ...
+def targets() -> list[str]: ...
+def use_target(name: str) -> None: ...

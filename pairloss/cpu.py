@@ -1,0 +1,93 @@
+"""The engine "cpu": C++ for tensors on the CPU, csrc/cpu. This file turns calls into pointers.
+
+Fused: products, biases, the pair left out, label masks, exponentials, sums; never materialised: more than one tile of pairs for each
+thread. float32 and float64; half rows are rounded to their dtype and multiplied in float32. As many threads as
+torch.get_num_threads(), with the same bits for any number of them.
+"""
+
+import torch
+from torch import Tensor
+
+from .engines import Call, PairSum, normalised, tile_size, zero_grads
+
+_missing: str | None = None
+try:
+    from . import _cpu
+except ImportError as error:
+    _missing = str(error)
+
+# Sorting costs about as much as it saves while there are fewer tile rows than this.
+LABEL_ORDER_TILES = 4
+
+
+def why_not(call: Call) -> str | None:
+    if _missing is not None:
+        return f"the extension pairloss._cpu is not built ({_missing})"
+    if call.x.device.type != "cpu":
+        return f"the tensors are on {call.x.device.type}, not on the CPU"
+    return None
+
+
+def label_order_pays(call: Call) -> bool:
+    tile = _cpu.tile_rows(call.x.dtype == torch.float64, tile_size(0))
+    return min(call.x.shape[0], call.candidates.shape[0]) >= LABEL_ORDER_TILES * tile
+
+
+def row_stats_fwd(call: Call) -> tuple[Tensor, Tensor]:
+    arguments, sets = _Arguments(call), call.num_sets
+    rows = call.x.new_empty(2, sets, call.x.shape[0])
+    cols = call.x.new_empty(2, sets, call.candidates.shape[0] if call.both_sides else 0)
+    _cpu.row_stats(arguments.call, _address(rows), _address(cols) if call.both_sides else 0)
+    return normalised(*rows), normalised(*cols)
+
+
+def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    arguments, grads = _Arguments(call), zero_grads(call, needs)
+    rows, cols = row_weights.contiguous(), col_weights.contiguous()
+    _cpu.row_stats_backward(arguments.call, _address(rows), _address(cols) if call.both_sides else 0, *map(_address, grads))
+    return grads
+
+
+def pair_sum(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> PairSum:
+    arguments, grads = _Arguments(call), zero_grads(call, needs)
+    sums = call.x.new_zeros(call.x.shape[0]) if with_sums else None
+    weights = None if weights is None else weights.contiguous()
+    _cpu.pair_sum(arguments.call, over == "positives", term == "softplus", *map(_address, (sums, weights, *grads)))
+    return sums, grads
+
+
+class _Arguments:
+    """The call for C++, and the tensors that it points into."""
+
+    def __init__(self, call: Call) -> None:
+        rows = [None if v is None else v.to(call.product_dtype).to(call.x.dtype).contiguous() for v in (call.x, call.y)]
+        vectors = [None if v is None else v.contiguous() for v in (call.ids_x, call.ids_y, call.row_bias, call.col_bias)]
+        self.tensors = rows + vectors
+        x, y, ids_x, ids_y, row_bias, col_bias = map(_address, self.tensors)
+        self.call = _cpu.Call(
+            is_double=call.x.dtype == torch.float64,
+            symmetric=call.symmetric,
+            has_ids=call.ids_x is not None,
+            n=call.x.shape[0],
+            m=call.candidates.shape[0],
+            d=call.x.shape[1],
+            x=x,
+            y=y,
+            ids_x=ids_x,
+            ids_y=ids_y,
+            words=0 if call.ids_x is None or call.ids_x.ndim == 1 else call.ids_x.shape[1],
+            self_offset=call.self_offset,
+            row_bias=row_bias,
+            col_bias=col_bias,
+            circle=call.score == "circle",
+            margin=call.m,
+            gamma=call.gamma,
+            cutoff=-torch.inf if call.cutoff is None else call.cutoff.item(),
+            logit_bound=call.logit_bound,
+            tile=tile_size(0),
+            threads=torch.get_num_threads(),
+        )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
