@@ -16,6 +16,20 @@ PAIRLOSS_BOTH inline V relu(V v) {
   return v < V{} ? V{} : v;
 }
 
+// a b, in a CUDA kernel never fused into an addition that follows: forward and backward must see the same value.
+template <class V>
+PAIRLOSS_BOTH inline V rounded_product(V a, V b) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(V) == 8) {
+    return __dmul_rn(a, b);
+  } else {
+    return __fmul_rn(a, b);
+  }
+#else
+  return a * b;
+#endif
+}
+
 // The circle score. With r = s for negatives and 1 - s for positives both sets have the one form
 //
 //     z = gamma relu(r + m) (r - m)
@@ -28,7 +42,7 @@ PAIRLOSS_BOTH inline V circle_slope(V r, T m, T gamma) {
 
 template <class V, class T>
 PAIRLOSS_BOTH inline V circle(V r, V slope, T m) {
-  return slope * (r - m);
+  return rounded_product(slope, V(r - m));
 }
 
 // log(1 + e^v), from e = e^-|v|. To the last digits also where it is tiny: log(1 + e) = 2 artanh(t) with t = e / (2 + e) <= 1/3,

@@ -5,10 +5,11 @@ import os
 import triton
 import triton.language as tl
 
+from .. import operands
+
 # As float32 has it, so that every product with it is by the same number.
 LOG2E = tl.constexpr(1.44269502162933349609375)
-# Stands for the maximum of an empty set: finite, so that no inf - inf arises.
-LOWEST = tl.constexpr(-1e38)
+LOWEST = tl.constexpr(operands.LOWEST)
 # Triton reads the variable when it decorates, so this is what the functions below became.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # A GPU adds products up in one fixed order, so forward and backward see the same z_ij, and z_ji. NumPy's float32 products

@@ -1,33 +1,27 @@
 """From a call to kernel launches: operands, the sums' reduction, grids. O(N D) PyTorch, no host synchronisation."""
 
 import contextlib
-import math
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from torch.nn.functional import pad
 
-from ..engines import Call, normalised
+from .. import operands
+from ..engines import Call
+from ..operands import GROUPS, NO_SHIFT, SETS, Sums, tile_ranges, visits
 from . import tiles
-from ._math import LOWEST
 from .backward import grads_kernel, weights_kernel
 from .pair_sum import pair_sum_fwd_kernel
 from .row_stats import row_stats_fwd_kernel
 from .tiles import Tile
 
-# Partial sums per row: O(N) memory, and 48 * 49 / 2 programs keep 108, 132 or 148 multiprocessors busy in whole waves.
-GROUPS = 48
 # As many as the forward kernel of row_stats has for x against itself.
 PROGRAMS = GROUPS * (GROUPS + 1) // 2
-# |z| up to which e^z needs no shift: 2^46 of them still sum in float32, and e^-32 keeps all its digits.
-NO_SHIFT = 32.0
 # Weights of large D at a time: about an L2 cache, but at least one row of tiles (256 MiB at M = 1,048,576).
 SLAB_BYTES = 64 << 20
 # Columns are padded to a multiple of this, so that every load is a whole 32 bytes.
 ALIGN = 16
-_SETS = ("positives", "negatives")
 
 
 class _Side(NamedTuple):
@@ -58,8 +52,9 @@ def row_stats_fwd(call: Call) -> tuple[Tensor, Tensor]:
     groups_x, groups_y = triton.cdiv(n, span_x * tile.block_m), triton.cdiv(m, span_y * tile.block_m)
     bounded = call.logit_bound <= NO_SHIFT
 
-    rows = _Sums(x.rows, groups_y, sets, n, bounded)
-    cols = rows if call.symmetric else _Sums(x.rows, groups_x, sets, m if call.both_sides else 0, bounded)
+    float32 = torch.empty(0, dtype=torch.float32, device=x.rows.device)
+    rows = Sums(float32, groups_y, sets, n, bounded)
+    cols = rows if call.symmetric else Sums(float32, groups_x, sets, m if call.both_sides else 0, bounded)
     arguments = _arguments(call, x, y, tile, call.self_offset) | _score_arguments(call)
     arguments |= {
         "p_rows_m": rows.m,
@@ -85,7 +80,7 @@ def pair_sum_fwd(call: Call, over: str, term: str) -> Tensor:
     x, y = _sides(call)
     tile = tiles.choose(tiles.FORWARD, x.rows.shape[1], x.rows.dtype, x.rows.device)
     assert tile is not None
-    form = _Form(term, _SETS.index(over))
+    form = _Form(term, SETS.index(over))
     arguments = _arguments(call, x, y, tile, call.self_offset)
     arguments |= _form_arguments(form, arguments)
     t_x, t_y = arguments["T_X"], arguments["T_Y"]
@@ -97,14 +92,14 @@ def pair_sum_fwd(call: Call, over: str, term: str) -> Tensor:
 
 
 def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: list[bool]) -> list[Tensor | None]:
-    scale = _scale(_steepest(call), row_weights[0], col_weights[0])
+    scale = operands.scale(operands.steepest(call), row_weights[0], col_weights[0])
     row_weights, col_weights = (_scaled(call, v, scale) for v in (row_weights, col_weights))
     return _grads(call, _Form(), row_weights, col_weights if call.both_sides else None, 1 / scale, needs)
 
 
 def pair_sum_bwd(call: Call, over: str, term: str, weights: Tensor, needs: list[bool]) -> list[Tensor | None]:
-    scale = _scale(1.0, weights)
-    return _grads(call, _Form(term, _SETS.index(over)), weights * scale, None, 1 / scale, needs)
+    scale = operands.scale(1.0, weights)
+    return _grads(call, _Form(term, SETS.index(over)), weights * scale, None, 1 / scale, needs)
 
 
 def _grads(
@@ -175,24 +170,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-class _Sums:
-    """Sums of e^z per group, set and row, held as s e^m."""
-
-    def __init__(self, like: Tensor, groups: int, sets: int, n: int, bounded: bool) -> None:
-        self.bounded = bounded
-        self.s = torch.zeros(groups, sets, n, dtype=torch.float32, device=like.device)
-        self.m = self.s if bounded else torch.full_like(self.s, LOWEST.value)
-
-    def total(self) -> Tensor:
-        """[2, K, n]: s and m over all groups."""
-        if self.bounded:
-            return normalised(self.s.sum(0), torch.zeros_like(self.s[0]))
-        top = self.m.amax(0)
-        return normalised(self.m.sub_(top).exp_().mul_(self.s).sum(0), top)
-
-
 def _sides(call: Call) -> tuple[_Side, _Side]:
-    ids_x, ids_y = _ranks(call.ids_x, call.ids_y)
+    ids_x, ids_y = operands.ranks(call.ids_x, call.ids_y)
     x = _Side(_operand(call.x, call), ids_x, _bias(call.row_bias, call.col_bias, call.x))
     if call.symmetric:
         return x, x
@@ -201,9 +180,7 @@ def _sides(call: Call) -> tuple[_Side, _Side]:
 
 
 def _operand(rows: Tensor, call: Call) -> Tensor:
-    rows = rows.to(call.product_dtype)
-    missing = -rows.shape[1] % ALIGN
-    return (pad(rows, (0, missing)) if missing else rows).contiguous()
+    return operands.padded(rows.to(call.product_dtype), ALIGN)
 
 
 def _bias(bias: Tensor | None, other: Tensor | None, rows: Tensor) -> Tensor | None:
@@ -211,35 +188,6 @@ def _bias(bias: Tensor | None, other: Tensor | None, rows: Tensor) -> Tensor | N
     if bias is not None:
         return bias.contiguous()  # one number may have been expanded to all rows
     return None if other is None else torch.zeros(rows.shape[0], dtype=torch.float32, device=rows.device)
-
-
-def _ranks(ids_x: Tensor | None, ids_y: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The ids as int32 that are equal where they are: compared in half the registers of int64."""
-    if ids_x is None:
-        return None, None
-    ids = (ids_x if ids_y is None else torch.cat([ids_x, ids_y])).sort().values
-    return torch.searchsorted(ids, ids_x, out_int32=True), None if ids_y is None else torch.searchsorted(ids, ids_y, out_int32=True)
-
-
-def _scale(steepest: Tensor | float, *weights: Tensor) -> Tensor:
-    """A power of two that takes the largest weight times the score's steepest slope to about 2^13: no pair's overflows float16,
-    and those down to 2^-27 of the largest keep all its digits."""
-    g = torch.cat([v.flatten() for v in weights])
-    top = _largest(torch.where(g.isfinite(), g, 0)) * steepest
-    return torch.exp2(torch.floor(13 - torch.log2(top.clamp(min=2.0**-100))))
-
-
-def _steepest(call: Call) -> Tensor | float:
-    """A bound on the score's slope, from |s_ij| <= |x| |y|."""
-    if call.score == "linear":
-        return 1.0
-    longest_x, longest_y = (_largest(torch.linalg.vector_norm(rows, dim=1)) for rows in (call.x, call.candidates))
-    return abs(call.gamma) * ((longest_x * longest_y).nan_to_num() + 1 + abs(call.m))
-
-
-def _largest(values: Tensor) -> Tensor:
-    """The greatest magnitude, 0 of nothing."""
-    return pad(values, (0, 1)).abs().amax()
 
 
 def _scaled(call: Call, weights: Tensor, scale: Tensor) -> Tensor:
@@ -258,8 +206,8 @@ def _arguments(call: Call, x: _Side, y: _Side, tile: Tile, self_offset: int | No
         "p_y": y.rows,
         "p_ids_x": x.ids,
         "p_ids_y": y.ids,
-        "p_range_x": None if x.ids is None else _tile_ranges(x.ids, x.ids, tile.block_m),
-        "p_range_y": None if y.ids is None else _tile_ranges(y.ids, y.ids, tile.block_n),
+        "p_range_x": None if x.ids is None else tile_ranges(x.ids, x.ids, tile.block_m),
+        "p_range_y": None if y.ids is None else tile_ranges(y.ids, y.ids, tile.block_n),
         "p_bias_x": x.bias,
         "p_bias_y": y.bias,
         "N": x.rows.shape[0],
@@ -299,27 +247,10 @@ def _score_arguments(call: Call) -> dict[str, Any]:
 
 def _form_arguments(form: _Form, arguments: dict[str, Any]) -> dict[str, Any]:
     """What sums of one set take besides; row_stats visits all tiles."""
-    visits = None
+    visited = None
     if form.term != "exp" and arguments["SETS"] == 2:
-        visits = _visits(form.over, arguments["p_range_x"], arguments["p_range_y"])
-    return {"p_visits": visits, "TERM": form.term, "OVER": form.over, "HAS_VISITS": visits is not None}
-
-
-def _visits(over: int, range_x: Tensor, range_y: Tensor) -> Tensor:
-    """[3, T_X] of begin, length and count: a tile row visits `count` tile columns in order, skipping `length` of them from `begin`
-    on, and meets all pairs of the set; in label order, no tile that the ranges rule out."""
-    (low_x, high_x), t_y = range_x, range_y.shape[1]
-    least_from = range_y[0].flip(0).cummin(0).values.flip(0)
-    greatest_to = range_y[1].cummax(0).values
-    if over == 0:  # from the first tile that reaches up to the row's labels to the last that reaches down to them
-        first = torch.searchsorted(greatest_to, low_x, out_int32=True)
-        last = torch.searchsorted(least_from, high_x, right=True, out_int32=True)
-        return torch.stack([torch.zeros_like(first), first, (last - first).clamp(min=0)])
-    # all but those, next to each other, that have the row tile's one label alone
-    first = torch.searchsorted(least_from, low_x, out_int32=True)
-    last = torch.searchsorted(greatest_to, low_x, right=True, out_int32=True)
-    length = torch.where(low_x == high_x, (last - first).clamp(min=0), 0)
-    return torch.stack([first, length, t_y - length])
+        visited = visits(form.over, arguments["p_range_x"], arguments["p_range_y"])
+    return {"p_visits": visited, "TERM": form.term, "OVER": form.over, "HAS_VISITS": visited is not None}
 
 
 def _weight_arguments(call: Call, form: _Form, x: _Side, y: _Side, tile: Tile, self_offset: int | None, bias_grad: bool) -> dict[str, Any]:
@@ -339,20 +270,7 @@ def _weight_arguments(call: Call, form: _Form, x: _Side, y: _Side, tile: Tile, s
 
 
 def _log_sum_ranges(side: _Side, block: int) -> Tensor | None:
-    """Of the weights that are not 0; inf, -inf where all are."""
-    if side.weights is None:
-        return None
-    g, e = side.weights
-    return _tile_ranges(torch.where(g == 0, math.inf, e), torch.where(g == 0, -math.inf, e), block)
-
-
-def _tile_ranges(low: Tensor, high: Tensor, block: int) -> Tensor:
-    """[2, ..., T]: least and greatest of every tile of the last dimension."""
-    limits = (-math.inf, math.inf) if low.is_floating_point() else (torch.iinfo(low.dtype).min, torch.iinfo(low.dtype).max)
-    missing = (0, -low.shape[-1] % block)
-    lows = pad(low, missing, value=limits[1]).unflatten(-1, (-1, block)).amin(-1)
-    highs = pad(high, missing, value=limits[0]).unflatten(-1, (-1, block)).amax(-1)
-    return torch.stack([lows, highs])
+    return None if side.weights is None else operands.weight_ranges(side.weights, block)
 
 
 def launch_options(tile: Tile) -> dict[str, Any]:

@@ -6,7 +6,7 @@ r"""pairloss.ops.pair_sum on a GPU: products, biases, label masks and sums of a 
 
 The terms are of v = z over negatives (set 1) and v = -z over positives (set 0): softplus(v), or z itself ("linear"). v is -inf
 at pairs that don't count. The backward kernels are those of backward.py. Never materialised: more than a tile of pairs, or at
-most launch.GROUPS sums per row. No atomics: the same input gives the same bits. No host synchronisation.
+most operands.GROUPS sums per row. No atomics: the same input gives the same bits. No host synchronisation.
 """
 
 import triton

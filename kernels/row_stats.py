@@ -7,7 +7,7 @@ r"""pairloss.ops.row_stats on a GPU: products, biases, label masks and log-sums 
     dx_i = sum_j W_ij y_j,  drow_bias_i = sum_j A_ij                           dy: the same with the sides swapped
 
 with weights (g, l) of the rows and (h, m) of the columns. x against itself: they are the same, A is both roles of a pair.
-The N x M matrix is never materialised: the forward pass keeps sums, at most launch.GROUPS per row; the backward kernels are those
+The N x M matrix is never materialised: the forward pass keeps sums, at most operands.GROUPS per row; the backward kernels are those
 of backward.py. No atomics: the same input gives the same bits. No host synchronisation.
 """
 

@@ -27,13 +27,14 @@ from torch import Tensor
 
 ENGINES = {
     "triton": "pairloss.kernels",
+    "cuda": "pairloss.cuda",
     "cpu": "pairloss.cpu",
     "torch": "pairloss.tiled",
 }
 REFERENCE = "reference"  # naive N x N under autograd: only by name, never chosen
 BACKENDS = (REFERENCE, *ENGINES)
 # The first engine of the row whose why_not is None serves the call.
-PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")}
+PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
 
 # The one documented override: the backend of every call that names none.
 DEFAULT_BACKEND = os.environ.get("PAIRLOSS_BACKEND") or None

@@ -85,7 +85,7 @@ def test_nothing_to_compare(engine, n, m):
 @pytest.mark.parametrize("order", ["sorted", "nearly sorted", "random", "one label", "singletons"])
 def test_visited_tiles(order, over):
     """All tiles with pairs of the set, and in label order none that its ranges of labels rule out."""
-    from pairloss.kernels import launch
+    from pairloss import operands
 
     generator = torch.Generator().manual_seed(0)
     for n, m in ((37, 61), (64, 64), (5, 90)):
@@ -98,8 +98,8 @@ def test_visited_tiles(order, over):
             ids_x, ids_y = ids_x.sort().values, ids_y.sort().values
         if order == "nearly sorted":
             ids_y[:: m // 3] = 3
-        ranges = launch._tile_ranges(ids_x, ids_x, 8), launch._tile_ranges(ids_y, ids_y, 4)
-        for row, (begin, length, count) in zip(ids_x.split(8), launch._visits(over, *ranges).T.tolist(), strict=True):
+        ranges = operands.tile_ranges(ids_x, ids_x, 8), operands.tile_ranges(ids_y, ids_y, 4)
+        for row, (begin, length, count) in zip(ids_x.split(8), operands.visits(over, *ranges).T.tolist(), strict=True):
             visited = {number + (length if number >= begin else 0) for number in range(count)}
             same = {j: row[:, None] == part for j, part in enumerate(ids_y.split(4))}
             assert visited <= set(same)

@@ -1,0 +1,84 @@
+// What kernels ask of the machine: who they are, barriers, shuffles, asynchronous copies, half numbers. host.h answers the same on a CPU,
+// where the tests run the kernels.
+#pragma once
+
+#ifndef __CUDACC__
+#include "host.h"
+#else
+
+#include <cstdint>
+
+#define PAIRLOSS_KERNEL __global__
+#define PAIRLOSS_DEVICE __device__ __forceinline__
+
+namespace pairloss {
+
+struct Index {
+  unsigned x, y, z;
+};
+
+PAIRLOSS_DEVICE int thread() { return int(threadIdx.x); }
+PAIRLOSS_DEVICE Index block() { return {blockIdx.x, blockIdx.y, blockIdx.z}; }
+PAIRLOSS_DEVICE Index grid() { return {gridDim.x, gridDim.y, gridDim.z}; }
+
+PAIRLOSS_DEVICE char* shared_memory() {
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+}
+
+PAIRLOSS_DEVICE void sync_block() { __syncthreads(); }
+PAIRLOSS_DEVICE void sync_warp() { __syncwarp(); }
+
+template <class A>
+PAIRLOSS_DEVICE A shuffle_xor(A value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+PAIRLOSS_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// 16 bytes from global to shared memory. They are there after wait_copies and a barrier.
+PAIRLOSS_DEVICE void copy_async(char* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+#else
+  *reinterpret_cast<int4*>(to) = *static_cast<const int4*>(from);
+#endif
+}
+
+PAIRLOSS_DEVICE void wait_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+struct Float16 {
+  uint16_t bits;
+};
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+PAIRLOSS_DEVICE double widened(double v) { return v; }
+PAIRLOSS_DEVICE float widened(float v) { return v; }
+PAIRLOSS_DEVICE float widened(Bfloat16 v) { return __uint_as_float(uint32_t(v.bits) << 16); }
+PAIRLOSS_DEVICE float widened(Float16 v) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(v.bits));
+  return result;
+}
+
+PAIRLOSS_DEVICE void narrow(double v, double* to) { *to = v; }
+PAIRLOSS_DEVICE void narrow(float v, float* to) { *to = v; }
+PAIRLOSS_DEVICE void narrow(float v, Float16* to) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(v)); }
+PAIRLOSS_DEVICE void narrow(float v, Bfloat16* to) {
+#if __CUDA_ARCH__ >= 800
+  asm("{.reg .b32 both; .reg .b16 high; cvt.rn.bf16x2.f32 both, %1, %1; mov.b32 {%0, high}, both;}" : "=h"(to->bits) : "f"(v));
+#else
+  const uint32_t bits = __float_as_uint(v);
+  to->bits = uint16_t(v == v ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0);
+#endif
+}
+
+}  // namespace pairloss
+
+#endif

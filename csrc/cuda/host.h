@@ -1,0 +1,232 @@
+// A GPU for the tests: runs the kernels' own source on a CPU, block by block, with the barriers and shuffles of the real one.
+//
+// The threads of a block are fibers of one thread, which change places at barriers; or with PAIRLOSS_HOST_THREADS threads of their own,
+// for the sanitizers. Shared memory is as large as the launch asks for, and filled with NaN. Products of half numbers are sums in float:
+// what add_products and add_gradient do where there are no tensor cores.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#ifdef PAIRLOSS_HOST_THREADS
+#include <barrier>
+#include <thread>
+#else
+#include <ucontext.h>
+#endif
+
+#include "engine.h"
+
+#define PAIRLOSS_KERNEL
+#define PAIRLOSS_DEVICE inline
+#define __launch_bounds__(threads)
+
+struct dim3 {
+  unsigned x, y, z;
+  explicit dim3(unsigned x, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace pairloss {
+
+struct Index {
+  unsigned x, y, z;
+};
+
+namespace host {
+
+#ifdef PAIRLOSS_HOST_THREADS
+using Barrier = std::barrier<>;
+#else
+void yield();
+
+class Barrier {
+ public:
+  explicit Barrier(int size) : size_(size) {}
+  void arrive_and_wait() {
+    const int64_t mine = turn_;
+    if (++arrived_ == size_) {
+      arrived_ = 0;
+      ++turn_;
+    }
+    while (turn_ == mine) yield();
+  }
+
+ private:
+  const int size_;
+  int arrived_ = 0;
+  int64_t turn_ = 0;
+};
+#endif
+
+struct Warp {
+  Barrier barrier{32};
+  double exchanged[32];
+};
+
+struct BlockState {
+  BlockState(Index block, Index grid, int threads, int shared_bytes)
+      : block(block), grid(grid), threads(threads), memory(new char[shared_bytes]), barrier(threads), warps(threads / 32) {
+    std::memset(memory.get(), 0xff, shared_bytes);
+    for (auto& warp : warps) warp = std::make_unique<Warp>();
+  }
+
+  const Index block, grid;
+  const int threads;
+  const std::unique_ptr<char[]> memory;
+  Barrier barrier;
+  std::vector<std::unique_ptr<Warp>> warps;
+};
+
+struct Self {
+  BlockState* block;
+  int thread;
+};
+inline thread_local Self self;
+
+#ifndef PAIRLOSS_HOST_THREADS
+class Fibers {
+ public:
+  static constexpr size_t STACK = 64 << 10;
+
+  template <class F>
+  Fibers(int count, BlockState* block, const F& body) : contexts_(count), stacks_(count), block_(block), left_(count) {
+    running = this;
+    call_ = [](const void* f) { (*static_cast<const F*>(f))(); };
+    body_ = &body;
+    for (int k = 0; k < count; ++k) prepare(k);
+    go_to(0, &main_);
+  }
+
+  // On to the next that is not done.
+  void next() {
+    const int from = now_;
+    int to = from;
+    do {
+      to = (to + 1) % int(contexts_.size());
+    } while (done(to));
+    if (to == from) return;
+    go_to(to, &contexts_[from]);
+    self = {block_, from};
+  }
+
+  static inline Fibers* running;
+
+ private:
+  void prepare(int k) {
+    stacks_[k].reset(new char[STACK]);
+    getcontext(&contexts_[k]);
+    contexts_[k].uc_stack.ss_sp = stacks_[k].get();
+    contexts_[k].uc_stack.ss_size = STACK;
+    contexts_[k].uc_link = nullptr;
+    makecontext(&contexts_[k], [] { running->begin(); }, 0);
+  }
+
+  bool done(int k) const { return !stacks_[k]; }
+
+  void go_to(int k, ucontext_t* from) {
+    now_ = k;
+    swapcontext(from, &contexts_[k]);
+  }
+
+  void begin() {
+    self = {block_, now_};
+    call_(body_);
+    // This stack stays in use until the switch: it is only marked.
+    finished_.push_back(std::move(stacks_[now_]));
+    if (--left_ == 0) setcontext(&main_);
+    next();
+  }
+
+  std::vector<ucontext_t> contexts_;
+  std::vector<std::unique_ptr<char[]>> stacks_, finished_;
+  BlockState* block_;
+  int left_, now_ = 0;
+  ucontext_t main_;
+  void (*call_)(const void*);
+  const void* body_;
+};
+
+inline void yield() { Fibers::running->next(); }
+#endif
+
+// Runs body once for each thread of the block.
+template <class F>
+void run_block(BlockState* block, const F& body) {
+#ifdef PAIRLOSS_HOST_THREADS
+  std::vector<std::thread> threads;
+  for (int k = 0; k < block->threads; ++k) {
+    threads.emplace_back([=] {
+      self = {block, k};
+      body();
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+#else
+  Fibers(block->threads, block, body);
+#endif
+}
+
+}  // namespace host
+
+inline int thread() { return host::self.thread; }
+inline Index block() { return host::self.block->block; }
+inline Index grid() { return host::self.block->grid; }
+inline char* shared_memory() { return host::self.block->memory.get(); }
+inline void sync_block() { host::self.block->barrier.arrive_and_wait(); }
+inline void sync_warp() { host::self.block->warps[thread() / 32]->barrier.arrive_and_wait(); }
+
+template <class A>
+A shuffle_xor(A value, int mask) {
+  host::Warp& warp = *host::self.block->warps[thread() / 32];
+  warp.exchanged[thread() % 32] = double(value);
+  warp.barrier.arrive_and_wait();
+  const A result = A(warp.exchanged[thread() % 32 ^ mask]);
+  warp.barrier.arrive_and_wait();
+  return result;
+}
+
+inline void copy_async(char* to, const void* from) { std::memcpy(to, from, 16); }
+inline void wait_copies() {}
+
+struct Float16 {
+  _Float16 value;
+};
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+inline double widened(double v) { return v; }
+inline float widened(float v) { return v; }
+inline float widened(Float16 v) { return float(v.value); }
+inline float widened(Bfloat16 v) {
+  const uint32_t bits = uint32_t(v.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+inline void narrow(double v, double* to) { *to = v; }
+inline void narrow(float v, float* to) { *to = v; }
+inline void narrow(float v, Float16* to) { to->value = _Float16(v); }
+inline void narrow(float v, Bfloat16* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  to->bits = uint16_t(v == v ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0);
+}
+
+template <class... Args>
+void launch(const char*, const Call&, void (*kernel)(Args...), dim3 grid, int threads, int shared_bytes, const Args&... args) {
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) {
+        host::BlockState block({x, y, z}, {grid.x, grid.y, grid.z}, threads, shared_bytes);
+        host::run_block(&block, [&] { kernel(args...); });
+      }
+    }
+  }
+}
+
+}  // namespace pairloss

@@ -1,0 +1,169 @@
+// Products of tiles, from shared memory into the registers of a block's threads.
+//
+// Rows come to shared memory in chunks of 128 bytes, whatever the number, in lines of 144: reads of 16 bytes by neighbouring rows meet
+// different banks. A warp owns 16 rows of a product; its lanes form 32 / LANES groups of rows by LANES of columns.
+#pragma once
+
+#include <type_traits>
+
+#include "device.h"
+
+#ifndef PAIRLOSS_WARPS  // the tests run smaller blocks
+#define PAIRLOSS_WARPS 4
+#define PAIRLOSS_COLS 64
+#endif
+
+namespace pairloss {
+
+constexpr int CHUNK_BYTES = 128, PIECE = 16, LINE = CHUNK_BYTES + PIECE;
+
+template <class T>
+struct Shape {
+  using Sum = std::conditional_t<sizeof(T) == 8, double, float>;  // what products are added up in
+  static constexpr bool HALF = sizeof(T) == 2;
+  static constexpr int THREADS = 32 * PAIRLOSS_WARPS, WARPS = PAIRLOSS_WARPS;
+  static constexpr int ROWS = 16 * WARPS;                                             // anchors of a tile
+  static constexpr int COLS = PAIRLOSS_COLS / (sizeof(T) == 8 && PAIRLOSS_COLS > 32 ? 2 : 1);  // candidates of a tile
+  static constexpr int CHUNK = CHUNK_BYTES / int(sizeof(T));                          // columns of x and y in a chunk
+  static constexpr int VECTOR = PIECE / int(sizeof(T));
+  static constexpr int LANES = HALF ? 4 : 8;  // half: as mma.m16n8k16 lays out its result
+  static constexpr int ROW_LANES = 32 / LANES;
+  static constexpr int R = 16 / ROW_LANES;  // rows of a thread
+  static constexpr int PAIR_RUN = HALF ? 2 : 1, GRADIENT_RUN = HALF ? 2 : VECTOR;  // neighbouring columns of a thread
+  static constexpr int WEIGHT_LINE = COLS * int(sizeof(T)) + PIECE;
+};
+
+template <class T>
+struct alignas(PIECE) Vector {
+  T v[Shape<T>::VECTOR];
+};
+
+PAIRLOSS_DEVICE int lane() { return thread() % 32; }
+PAIRLOSS_DEVICE int warp() { return thread() / 32; }
+
+// Entry (a, b) of a thread's part of a product is that of this row and this column.
+template <class T>
+PAIRLOSS_DEVICE int row_of(int a) {
+  return warp() * 16 + a * Shape<T>::ROW_LANES + lane() / Shape<T>::LANES;
+}
+
+template <class T, int RUN>
+PAIRLOSS_DEVICE int col_of(int b) {
+  return b / RUN * (Shape<T>::LANES * RUN) + lane() % Shape<T>::LANES * RUN + b % RUN;
+}
+
+template <class T>
+PAIRLOSS_DEVICE const T& entry(const char* lines, int line_bytes, int line, int at) {
+  return reinterpret_cast<const T*>(lines + line * line_bytes)[at];
+}
+
+#if __CUDA_ARCH__ >= 800
+
+// Four 8 x 8 matrices of half numbers; this lane's address is of one row of one of them.
+template <bool TRANSPOSED>
+PAIRLOSS_DEVICE void load_matrices(uint32_t (&to)[4], const void* row) {
+  if constexpr (TRANSPOSED) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  }
+}
+
+#define PAIRLOSS_MMA(type)                                                                                            \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)                                                               \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+
+PAIRLOSS_DEVICE void multiply(Float16, float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  PAIRLOSS_MMA("f16");
+}
+
+PAIRLOSS_DEVICE void multiply(Bfloat16, float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  PAIRLOSS_MMA("bf16");
+}
+
+// On tensor cores: += a b with a [ROWS, depth] and b [depth, 8 C / 2], whose lines are its rows, or where TRANSPOSED its columns.
+template <class T, bool TRANSPOSED, int C>
+PAIRLOSS_DEVICE void add_matrix_product(float (&to)[2][C], const char* a, int a_line, const char* b, int b_line, int depth) {
+  const int l = lane();
+  for (int k = 0; k < depth; k += 16) {
+    uint32_t of_a[4];
+    load_matrices<false>(of_a, &entry<T>(a, a_line, warp() * 16 + l % 16, k + l / 16 * 8));
+#pragma unroll
+    for (int c = 0; c < C; c += 4) {  // 16 columns of b
+      uint32_t of_b[4];
+      const int first = c * 4, eight = l % 8, second = l / 8 % 2 * 8, third = l / 16 * 8;
+      if constexpr (TRANSPOSED) {
+        load_matrices<false>(of_b, &entry<T>(b, b_line, first + third + eight, k + second));
+      } else {
+        load_matrices<true>(of_b, &entry<T>(b, b_line, k + second + eight, first + third));
+      }
+      multiply(T(), to[0][c], to[0][c + 1], to[1][c], to[1][c + 1], of_a, of_b[0], of_b[1]);
+      multiply(T(), to[0][c + 2], to[0][c + 3], to[1][c + 2], to[1][c + 3], of_a, of_b[2], of_b[3]);
+    }
+  }
+}
+
+#endif
+
+// += a b^T: a chunk of the tile's rows of x by a chunk of those of y.
+template <class T, int C>
+PAIRLOSS_DEVICE void add_products(typename Shape<T>::Sum (&to)[Shape<T>::R][C], const char* a, const char* b) {
+  using S = Shape<T>;
+#if __CUDA_ARCH__ >= 800
+  if constexpr (S::HALF) return add_matrix_product<T, true>(to, a, LINE, b, LINE, S::CHUNK);
+#endif
+#pragma unroll 2
+  for (int k = 0; k < S::CHUNK; k += S::VECTOR) {
+    Vector<T> of_a[S::R];
+#pragma unroll
+    for (int r = 0; r < S::R; ++r) of_a[r] = reinterpret_cast<const Vector<T>&>(entry<T>(a, LINE, row_of<T>(r), k));
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      const Vector<T> of_b = reinterpret_cast<const Vector<T>&>(entry<T>(b, LINE, col_of<T, S::PAIR_RUN>(c), k));
+#pragma unroll
+      for (int v = 0; v < S::VECTOR; ++v) {
+#pragma unroll
+        for (int r = 0; r < S::R; ++r) to[r][c] += widened(of_a[r].v[v]) * widened(of_b.v[v]);
+      }
+    }
+  }
+}
+
+// += w b: the tile's weights by a chunk of its rows of y.
+template <class T, int C>
+PAIRLOSS_DEVICE void add_gradient(typename Shape<T>::Sum (&to)[Shape<T>::R][C], const char* w, const char* b) {
+  using S = Shape<T>;
+#if __CUDA_ARCH__ >= 800
+  if constexpr (S::HALF) return add_matrix_product<T, false>(to, w, S::WEIGHT_LINE, b, LINE, S::COLS);
+#endif
+#pragma unroll 2
+  for (int k = 0; k < S::COLS; k += S::VECTOR) {
+    Vector<T> of_w[S::R];
+#pragma unroll
+    for (int r = 0; r < S::R; ++r) of_w[r] = reinterpret_cast<const Vector<T>&>(entry<T>(w, S::WEIGHT_LINE, row_of<T>(r), k));
+#pragma unroll
+    for (int v = 0; v < S::VECTOR; ++v) {
+#pragma unroll
+      for (int c = 0; c < C; c += S::GRADIENT_RUN) {
+        struct alignas(S::GRADIENT_RUN * sizeof(T)) Run {
+          T v[S::GRADIENT_RUN];
+        };
+        const Run of_b = reinterpret_cast<const Run&>(entry<T>(b, LINE, k + v, col_of<T, S::GRADIENT_RUN>(c)));
+#pragma unroll
+        for (int e = 0; e < S::GRADIENT_RUN; ++e) {
+#pragma unroll
+          for (int r = 0; r < S::R; ++r) to[r][c + e] += widened(of_w[r].v[v]) * widened(of_b.v[e]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace pairloss
