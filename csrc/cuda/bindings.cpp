@@ -14,7 +14,7 @@
 
 namespace py = pybind11;
 
-namespace pairloss {
+namespace pairloss::cuda {
 
 // Calls f with a number of the dtype's type as tag.
 template <class F>
@@ -26,11 +26,11 @@ auto with_kernels(const std::string& dtype, F f) {
   throw std::invalid_argument("pairloss._cuda: no kernels for " + dtype);
 }
 
-}  // namespace pairloss
+}  // namespace pairloss::cuda
 
 namespace {
 
-using namespace pairloss;
+using namespace pairloss::cuda;
 
 template <class V = void>
 V* pointer(uintptr_t address) {
@@ -61,9 +61,9 @@ PYBIND11_MODULE(PAIRLOSS_MODULE, module) {
 
   module.attr("device_type") = PAIRLOSS_DEVICE_TYPE;
 
-  py::class_<Side>(module, "Side").def(py::init(&make_side), py::kw_only(), py::arg("n"), py::arg("rows"), py::arg("ids"), py::arg("id_ranges"),
+  py::class_<Side>(module, "Side", py::module_local()).def(py::init(&make_side), py::kw_only(), py::arg("n"), py::arg("rows"), py::arg("ids"), py::arg("id_ranges"),
       py::arg("bias"), py::arg("weights"), py::arg("weight_ranges"));
-  py::class_<Call>(module, "Call").def(py::init(&make_call), py::kw_only(), py::arg("x"), py::arg("y"), py::arg("symmetric"), py::arg("d"),
+  py::class_<Call>(module, "Call", py::module_local()).def(py::init(&make_call), py::kw_only(), py::arg("x"), py::arg("y"), py::arg("symmetric"), py::arg("d"),
       py::arg("sets"), py::arg("words"), py::arg("self_offset"), py::arg("circle"), py::arg("margin"), py::arg("gamma"), py::arg("cutoff"),
       py::arg("device"), py::arg("stream"));
 

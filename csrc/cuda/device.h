@@ -11,7 +11,7 @@
 #define PAIRLOSS_KERNEL __global__
 #define PAIRLOSS_DEVICE __device__ __forceinline__
 
-namespace pairloss {
+namespace pairloss::cuda {
 
 struct Index {
   unsigned x, y, z;
@@ -28,6 +28,9 @@ PAIRLOSS_DEVICE char* shared_memory() {
 
 PAIRLOSS_DEVICE void sync_block() { __syncthreads(); }
 PAIRLOSS_DEVICE void sync_warp() { __syncwarp(); }
+
+// Keeps the compiler from working at what follows before what precedes is done, in more registers than there are.
+PAIRLOSS_DEVICE void one_by_one() { asm volatile("" ::: "memory"); }
 
 template <class A>
 PAIRLOSS_DEVICE A shuffle_xor(A value, int mask) {
@@ -67,6 +70,9 @@ PAIRLOSS_DEVICE float widened(Float16 v) {
   return result;
 }
 
+PAIRLOSS_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+PAIRLOSS_DEVICE double multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
+
 PAIRLOSS_DEVICE void narrow(double v, double* to) { *to = v; }
 PAIRLOSS_DEVICE void narrow(float v, float* to) { *to = v; }
 PAIRLOSS_DEVICE void narrow(float v, Float16* to) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(v)); }
@@ -79,6 +85,6 @@ PAIRLOSS_DEVICE void narrow(float v, Bfloat16* to) {
 #endif
 }
 
-}  // namespace pairloss
+}  // namespace pairloss::cuda
 
 #endif

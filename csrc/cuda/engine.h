@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-namespace pairloss {
+namespace pairloss::cuda {
 
 // One side of the comparison. Null where the call has none. Sum is float, or double for products in double.
 struct Side {
@@ -65,4 +65,4 @@ struct Kernels {
   static void gradients(const Call&, const Gradients&);
 };
 
-}  // namespace pairloss
+}  // namespace pairloss::cuda

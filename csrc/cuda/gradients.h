@@ -4,7 +4,7 @@
 
 #include "pairs.h"
 
-namespace pairloss {
+namespace pairloss::cuda {
 
 enum class Form { LINEAR, CIRCLE, TERMS };  // exponentials of either score; terms of a pair sum
 
@@ -17,9 +17,9 @@ struct Gradient {
   A *rows, *bias, *sums;
 };
 
-// 16 registers for each chunk of bytes in 4-byte or 8-byte numbers, 32 in half ones.
+// Chunks of the gradient's columns that a block keeps in registers: 128 registers a thread; of doubles 64, whose terms take the others.
 template <class T>
-constexpr int GRADIENT_CHUNKS = Shape<T>::HALF ? 4 : 8;
+constexpr int GRADIENT_CHUNKS = Shape<T>::HALF ? 4 : sizeof(T) == 8 ? 4 : 8;
 
 // Logarithms this close together share one shift in the middle: nothing overflows, and what underflows is below e^-55 of its row's sum.
 constexpr double SPREAD = 55;
@@ -252,8 +252,8 @@ struct OwnedRows : Block<T> {
 };
 
 template <class T, Form FORM, bool WITH_ROWS>
-PAIRLOSS_KERNEL void __launch_bounds__(Shape<T>::THREADS) gradients_kernel(const Pairs<T> pairs, const Gradient<T> to) {
+PAIRLOSS_KERNEL void __launch_bounds__(Shape<T>::THREADS, WITH_ROWS ? 2 : 3) gradients_kernel(const Pairs<T> pairs, const Gradient<T> to) {
   OwnedRows<T, FORM, WITH_ROWS>(pairs, to).run();
 }
 
-}  // namespace pairloss
+}  // namespace pairloss::cuda

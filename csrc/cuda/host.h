@@ -22,14 +22,14 @@
 
 #define PAIRLOSS_KERNEL
 #define PAIRLOSS_DEVICE inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(threads, blocks)
 
 struct dim3 {
   unsigned x, y, z;
   explicit dim3(unsigned x, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-namespace pairloss {
+namespace pairloss::cuda {
 
 struct Index {
   unsigned x, y, z;
@@ -178,6 +178,8 @@ inline char* shared_memory() { return host::self.block->memory.get(); }
 inline void sync_block() { host::self.block->barrier.arrive_and_wait(); }
 inline void sync_warp() { host::self.block->warps[thread() / 32]->barrier.arrive_and_wait(); }
 
+inline void one_by_one() {}
+
 template <class A>
 A shuffle_xor(A value, int mask) {
   host::Warp& warp = *host::self.block->warps[thread() / 32];
@@ -208,6 +210,9 @@ inline float widened(Bfloat16 v) {
   return result;
 }
 
+inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+inline double multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
+
 inline void narrow(double v, double* to) { *to = v; }
 inline void narrow(float v, float* to) { *to = v; }
 inline void narrow(float v, Float16* to) { to->value = _Float16(v); }
@@ -229,4 +234,4 @@ void launch(const char*, const Call&, void (*kernel)(Args...), dim3 grid, int th
   }
 }
 
-}  // namespace pairloss
+}  // namespace pairloss::cuda

@@ -7,7 +7,7 @@
 #include "launch.h"
 #include "row_stats.h"
 
-namespace pairloss {
+namespace pairloss::cuda {
 namespace {
 
 using T = PAIRLOSS_TYPE;
@@ -100,4 +100,4 @@ void Kernels<T>::gradients(const Call& call, const Gradients& gradients) {
   }
 }
 
-}  // namespace pairloss
+}  // namespace pairloss::cuda

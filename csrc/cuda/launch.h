@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace pairloss {
+namespace pairloss::cuda {
 
 inline void check(cudaError_t error, const char* kernel, const char* doing) {
   if (error != cudaSuccess) {
@@ -39,6 +39,6 @@ void launch(const char* name, const Call& call, void (*kernel)(Args...), dim3 gr
   check(cudaGetLastError(), name, "launching");
 }
 
-}  // namespace pairloss
+}  // namespace pairloss::cuda
 
 #endif

@@ -9,7 +9,7 @@
 #include "engine.h"
 #include "products.h"
 
-namespace pairloss {
+namespace pairloss::cuda {
 
 enum Set { POSITIVES = 0, NEGATIVES = 1, MIXED = 2 };
 
@@ -93,7 +93,9 @@ struct Block {
   int turn = 0;
   int64_t i0 = 0, j0 = 0;  // the tile's first row and column
   Set set = MIXED;
-  bool masked = false;  // some pairs are beyond the edges or left out
+  int rows = 0, cols = 0;  // of the tile that exist
+  int left_out = 0;        // in row r the pair of column left_out + r is left out
+  bool masked = false;     // some pairs are beyond the edges or left out
   A z[S::R][C];         // products, then logits, then what becomes of them
 
   PAIRLOSS_DEVICE explicit Block(const Pairs<T>& pairs) : p(pairs), memory(shared_memory()) {}
@@ -132,8 +134,11 @@ struct Block {
     i0 = int64_t(i) * S::ROWS;
     j0 = int64_t(j) * S::COLS;
     set = tile_set(p, i, j);
+    rows = int(p.x.n - i0 < S::ROWS ? p.x.n - i0 : S::ROWS);
+    cols = int(p.y.n - j0 < S::COLS ? p.y.n - j0 : S::COLS);
     const int64_t first = i0 + p.self_offset - j0;
-    masked = i0 + S::ROWS > p.x.n || j0 + S::COLS > p.y.n || (p.has_self && first > -S::ROWS && first < S::COLS);
+    left_out = p.has_self && first > -S::ROWS && first < S::COLS ? int(first) : S::COLS;
+    masked = rows < S::ROWS || cols < S::COLS || left_out < S::COLS;
 #pragma unroll
     for (int a = 0; a < S::R; ++a) {
 #pragma unroll
@@ -153,7 +158,8 @@ struct Block {
   PAIRLOSS_DEVICE bool same_id(int row, int col) {
     if (set != MIXED) return set == POSITIVES;
     if (p.words == 0) return shared().x.ids[row] == shared().y.ids[col];
-    const int64_t i = i0 + row < p.x.n ? i0 + row : 0, j = j0 + col < p.y.n ? j0 + col : 0;
+    if (row >= rows || col >= cols) return false;
+    const int64_t i = i0 + row, j = j0 + col;
     for (int w = 0; w < p.words; ++w) {
       if (p.x.ids[i * p.words + w] & p.y.ids[j * p.words + w]) return true;
     }
@@ -161,8 +167,7 @@ struct Block {
   }
 
   PAIRLOSS_DEVICE bool is_left_out(int row, int col) const {
-    const int64_t i = i0 + row, j = j0 + col;
-    return masked && (i >= p.x.n || j >= p.y.n || (p.has_self && i + p.self_offset == j));
+    return masked && (row >= rows || col >= cols || row + left_out == col);
   }
 
   // The logit of a pair with the product s, -inf if it is in no set; and the derivative of its score.
@@ -188,6 +193,7 @@ struct Block {
     for (int b = 0; b < C; ++b) {
 #pragma unroll
       for (int a = 0; a < S::R; ++a) f(a, b, row_of<T>(a), col_of<T, S::PAIR_RUN>(b));
+      one_by_one();
     }
   }
 
@@ -206,4 +212,4 @@ struct Block {
   }
 };
 
-}  // namespace pairloss
+}  // namespace pairloss::cuda

@@ -13,7 +13,7 @@
 #define PAIRLOSS_COLS 64
 #endif
 
-namespace pairloss {
+namespace pairloss::cuda {
 
 constexpr int CHUNK_BYTES = 128, PIECE = 16, LINE = CHUNK_BYTES + PIECE;
 
@@ -112,14 +112,11 @@ PAIRLOSS_DEVICE void add_matrix_product(float (&to)[2][C], const char* a, int a_
 
 #endif
 
-// += a b^T: a chunk of the tile's rows of x by a chunk of those of y.
+// By multiply-adds: += a b^T.
 template <class T, int C>
-PAIRLOSS_DEVICE void add_products(typename Shape<T>::Sum (&to)[Shape<T>::R][C], const char* a, const char* b) {
+PAIRLOSS_DEVICE void add_dots(typename Shape<T>::Sum (&to)[Shape<T>::R][C], const char* a, const char* b) {
   using S = Shape<T>;
-#if __CUDA_ARCH__ >= 800
-  if constexpr (S::HALF) return add_matrix_product<T, true>(to, a, LINE, b, LINE, S::CHUNK);
-#endif
-#pragma unroll 2
+#pragma unroll 1
   for (int k = 0; k < S::CHUNK; k += S::VECTOR) {
     Vector<T> of_a[S::R];
 #pragma unroll
@@ -130,20 +127,17 @@ PAIRLOSS_DEVICE void add_products(typename Shape<T>::Sum (&to)[Shape<T>::R][C], 
 #pragma unroll
       for (int v = 0; v < S::VECTOR; ++v) {
 #pragma unroll
-        for (int r = 0; r < S::R; ++r) to[r][c] += widened(of_a[r].v[v]) * widened(of_b.v[v]);
+        for (int r = 0; r < S::R; ++r) to[r][c] = multiply_add(widened(of_a[r].v[v]), widened(of_b.v[v]), to[r][c]);
       }
     }
   }
 }
 
-// += w b: the tile's weights by a chunk of its rows of y.
+// By multiply-adds: += w b.
 template <class T, int C>
-PAIRLOSS_DEVICE void add_gradient(typename Shape<T>::Sum (&to)[Shape<T>::R][C], const char* w, const char* b) {
+PAIRLOSS_DEVICE void add_rows(typename Shape<T>::Sum (&to)[Shape<T>::R][C], const char* w, const char* b) {
   using S = Shape<T>;
-#if __CUDA_ARCH__ >= 800
-  if constexpr (S::HALF) return add_matrix_product<T, false>(to, w, S::WEIGHT_LINE, b, LINE, S::COLS);
-#endif
-#pragma unroll 2
+#pragma unroll 1
   for (int k = 0; k < S::COLS; k += S::VECTOR) {
     Vector<T> of_w[S::R];
 #pragma unroll
@@ -159,11 +153,39 @@ PAIRLOSS_DEVICE void add_gradient(typename Shape<T>::Sum (&to)[Shape<T>::R][C], 
 #pragma unroll
         for (int e = 0; e < S::GRADIENT_RUN; ++e) {
 #pragma unroll
-          for (int r = 0; r < S::R; ++r) to[r][c + e] += widened(of_w[r].v[v]) * widened(of_b.v[e]);
+          for (int r = 0; r < S::R; ++r) to[r][c + e] = multiply_add(widened(of_w[r].v[v]), widened(of_b.v[e]), to[r][c + e]);
         }
       }
     }
   }
 }
 
-}  // namespace pairloss
+#if __CUDA_ARCH__ >= 800
+template <class T>
+constexpr bool ON_TENSOR_CORES = Shape<T>::HALF;
+#else
+template <class T>
+constexpr bool ON_TENSOR_CORES = false;
+#endif
+
+// A chunk of the tile's rows of x by a chunk of those of y.
+template <class T, int C>
+PAIRLOSS_DEVICE void add_products(typename Shape<T>::Sum (&to)[Shape<T>::R][C], const char* x, const char* y) {
+  if constexpr (ON_TENSOR_CORES<T>) {
+    add_matrix_product<T, true>(to, x, LINE, y, LINE, Shape<T>::CHUNK);
+  } else {
+    add_dots<T>(to, x, y);
+  }
+}
+
+// The tile's weights by a chunk of its rows of y.
+template <class T, int C>
+PAIRLOSS_DEVICE void add_gradient(typename Shape<T>::Sum (&to)[Shape<T>::R][C], const char* weights, const char* y) {
+  if constexpr (ON_TENSOR_CORES<T>) {
+    add_matrix_product<T, false>(to, weights, Shape<T>::WEIGHT_LINE, y, LINE, Shape<T>::COLS);
+  } else {
+    add_rows<T>(to, weights, y);
+  }
+}
+
+}  // namespace pairloss::cuda

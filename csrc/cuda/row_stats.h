@@ -3,7 +3,7 @@
 
 #include "pairs.h"
 
-namespace pairloss {
+namespace pairloss::cuda {
 
 // A sum s e^m.
 template <class A>
@@ -191,8 +191,8 @@ struct RowStats : Block<T> {
 };
 
 template <class T, bool CIRCLE>
-PAIRLOSS_KERNEL void __launch_bounds__(Shape<T>::THREADS) row_stats_kernel(const Pairs<T> pairs, const Partial<T> to) {
+PAIRLOSS_KERNEL void __launch_bounds__(Shape<T>::THREADS, sizeof(T) == 8 ? 2 : 3) row_stats_kernel(const Pairs<T> pairs, const Partial<T> to) {
   RowStats<T, CIRCLE>(pairs, to).run();
 }
 
-}  // namespace pairloss
+}  // namespace pairloss::cuda
