@@ -7,12 +7,13 @@ BENCH := $(VENV)/.bench
 # Threads that spin while they wait for others are slower than one thread on a machine that is shared.
 PASSIVE := OMP_WAIT_POLICY=passive
 
-.PHONY: demo test check bench gpu
+.PHONY: demo test check bench aot gpu
 
-$(READY): requirements-dev.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
+# Without the CUDA engine, which takes minutes to build: its tests compile what they need.
+$(READY): requirements-dev.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	PAIRLOSS_CUDA=0 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
 demo: $(READY)
@@ -35,8 +36,15 @@ $(BENCH): $(READY) bench/requirements.txt
 bench: $(BENCH)
 	$(BIN)/python -m pytest bench --benchmark
 
+# Machine code for GPUs that need not be there: registers, spills. Takes half an hour.
+aot: $(READY)
+	$(BIN)/python bench/aot.py
+	$(BIN)/python bench/cuda_aot.py
+
 # For a machine with a GPU: the interpreter that is there, no network, no virtual environment.
 gpu:
-	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	PAIRLOSS_CUDA=1 CMAKE_CUDA_ARCHITECTURES=native $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
 	$(PYTHON) -m pytest tests -m engines
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/cuda_host.py
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/cuda_host.py
 	$(PYTHON) bench/run.py --device cuda --losses snnl --rows 1024 4096 16384 65536 --columns 128 256 512 1024 --dtype bfloat16 float32

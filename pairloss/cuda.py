@@ -5,6 +5,7 @@ than a tile of pairs for each block. float64 and float32 by fused multiply-adds,
 atomics: the same input gives the same bits. No host synchronisation.
 """
 
+import importlib.util
 import os
 import shutil
 from typing import Any, NamedTuple
@@ -47,8 +48,10 @@ def why_not(call: Call) -> str | None:
 
 
 def _why_missing() -> str:
-    nvcc = any(map(shutil.which, (os.environ.get("CUDACXX", "nvcc"), "/usr/local/cuda/bin/nvcc")))
-    return str(_missing) if nvcc else "no nvcc found"
+    if importlib.util.find_spec(f"{__package__}._cuda") is not None:
+        return str(_missing)  # it is there, and doesn't load
+    nvcc = any(shutil.which(name) for name in (os.environ.get("CUDACXX", "nvcc"), "/usr/local/cuda/bin/nvcc"))
+    return "pip install . would, with the nvcc that is here" if nvcc else "no nvcc found"
 
 
 def label_order_pays(call: Call) -> bool:

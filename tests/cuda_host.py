@@ -1,6 +1,6 @@
 """The engine "cuda" on tensors of the CPU: builds the kernels' own source with csrc/cuda/host.h, for tests without a GPU.
 
-As a program: runs a few cases of every kernel with a module that a sanitizer watches, which must be loaded before all else.
+As a program: runs a few cases of every kernel for a sanitizer that watches, with the module whose file is named, or on a GPU.
 """
 
 import contextlib
@@ -72,15 +72,15 @@ def in_place_of_the_gpu(module: ModuleType) -> Iterator[None]:
         cuda._cuda, cuda._missing = before
 
 
-def watched_cases() -> None:
+def watched_cases(device: str) -> None:
     """Every kernel: both scores, terms with and without gradients; both ways to lay out a warp. Ragged tiles of every kind."""
     from pairloss.ops import pair_sum, row_stats
 
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 3, (37,), generator=generator).sort().values
+    ids = torch.randint(0, 3, (37,), generator=generator).sort().values.to(device)
     for dtype, product_dtype in ((torch.float64, None), (torch.float32, None), (torch.float32, torch.bfloat16)):
-        x, y = (torch.randn(n, 20, generator=generator).to(dtype).requires_grad_() for n in (37, 21))
-        bias = torch.randn(37, generator=generator).to(dtype).requires_grad_()
+        x, y = (torch.randn(n, 20, generator=generator).to(device, dtype).requires_grad_() for n in (37, 21))
+        bias = torch.randn(37, generator=generator).to(device, dtype).requires_grad_()
         options = {"product_dtype": product_dtype, "backend": "cuda"}
         rows, _ = row_stats(x, ids_x=ids, self_offset=0, row_bias=bias, **options)
         circle, _ = row_stats(x, ids_x=ids, self_offset=0, score="circle", m=0.25, gamma=0.1, **options)
@@ -92,5 +92,8 @@ def watched_cases() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with in_place_of_the_gpu(load(Path(sys.argv[1]))):
-        watched_cases()
+    if len(sys.argv) > 1:
+        with in_place_of_the_gpu(load(Path(sys.argv[1]))):
+            watched_cases("cpu")
+    else:
+        watched_cases("cuda")

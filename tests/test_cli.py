@@ -191,7 +191,7 @@ def test_bad_data_is_one_clear_line(run, arrays, message):
         (("--lr", "0"), "--lr: expected a number > 0, got 0"),
         (("--test-fraction", "1"), "--test-fraction: expected a number > 0 and < 1, got 1"),
         (("--metric", "manhattan"), "--metric: expected one of cosine, dot, sqeuclidean, got 'manhattan'"),
-        (("--backend", "magic"), "--backend: expected one of reference, triton, cpu, torch, got 'magic'"),
+        (("--backend", "magic"), "--backend: expected one of reference, triton, cuda, cpu, torch, got 'magic'"),
         (("--device", "tpu"), "--device: expected cpu, cuda or cuda:NUMBER, got 'tpu'"),
         (("--device", "meta"), "--device: expected cpu, cuda or cuda:NUMBER, got 'meta'"),
         (("--device", "cuda:99"), "--device: cuda:99 is not available, PyTorch sees "),

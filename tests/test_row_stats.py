@@ -179,7 +179,7 @@ def test_only_wanted_gradients_are_computed(monkeypatch):
         ({"score": "angular"}, r"score: expected one of \('linear', 'circle'\), got 'angular'"),
         ({"score": "circle"}, "score='circle': expected ids_x and cutoff=None"),
         ({"col_bias": torch.zeros(3)}, "y=None: expected col_bias=None and both_sides=False"),
-        ({"backend": "numpy"}, "backend: expected one of 'reference', 'triton', 'cpu', 'torch' or None, got 'numpy'"),
+        ({"backend": "numpy"}, "backend: expected one of 'reference', 'triton', 'cuda', 'cpu', 'torch' or None, got 'numpy'"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(changed, message):

@@ -350,7 +350,7 @@ L = torch.tensor([0, 0, 1, 1])
         (ValueError, "focal: expected a finite number >= 0, got -2", {"focal": -2}),
         (ValueError, "no_positive: expected one of 'skip', 'zero', got 'error'", {"no_positive": "error"}),
         (ValueError, "reduction: expected one of 'mean', 'sum', 'none', got 'avg'", {"reduction": "avg"}),
-        (ValueError, "backend: expected one of 'reference', 'triton', 'cpu', 'torch' or None, got 'jax'", {"backend": "jax"}),
+        (ValueError, "backend: expected one of 'reference', 'triton', 'cuda', 'cpu', 'torch' or None, got 'jax'", {"backend": "jax"}),
         (TypeError, "ignore_index: expected an integer, got float", {"ignore_index": 1.0}),
         (ValueError, "ignore_index: expected a 64-bit integer", {"ignore_index": 2**70}),
         (TypeError, "features: expected a dense tensor, got layout torch.sparse_coo", {"features": X.to_sparse()}),

@@ -1,0 +1,69 @@
+"""Compiles the engine "cuda" for GPUs that need not be there, and shows the registers and spills of its kernels.
+
+python bench/cuda_aot.py [--arch 75 80 90 100] [--dtype double float Float16 Bfloat16]
+"""
+
+import argparse
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCE = Path(__file__).parents[1] / "csrc" / "cuda" / "kernels.cu"
+DTYPES = ("double", "float", "Float16", "Bfloat16")
+
+
+@dataclass(frozen=True)
+class Report:
+    kernel: str
+    registers: int
+    spill_bytes: int
+
+    @property
+    def owns_gradient(self) -> bool:
+        return self.kernel.startswith("gradients") and self.kernel.endswith("with rows")
+
+
+def reports(arch: int, dtype: str, *options: str) -> list[Report]:
+    """Of all kernels for products in dtype. Warnings are errors."""
+    command = ["nvcc", "-std=c++20", "-O3", f"-arch=sm_{arch}", "-Werror", "all-warnings", "-Xptxas", "-v", *options]
+    command += [f"-DPAIRLOSS_TYPE={dtype}", "-cubin", "-o", "/dev/null", str(SOURCE)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(done.stdout + done.stderr)
+    parts = re.split(r"Compiling entry function '", done.stderr)[1:]
+    return [_report(part) for part in parts]
+
+
+def _report(part: str) -> Report:
+    name = re.match(r"\w+", part)
+    spills, registers = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part), re.search(r"Used (\d+) registers", part)
+    assert name is not None
+    assert spills is not None
+    assert registers is not None
+    return Report(_readable(name[0]), int(registers[1]), int(spills[1]) + int(spills[2]))
+
+
+def _readable(mangled: str) -> str:
+    """What the mangled name of a kernel says."""
+    if "row_stats" in mangled:
+        return "row_stats " + ("circle" if "Lb1E" in mangled else "linear")
+    form = re.search(r"4FormE(\d)E", mangled)
+    assert form is not None, mangled
+    return f"gradients {('linear', 'circle', 'terms')[int(form[1])]} {'with' if 'Lb1E' in mangled else 'without'} rows"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=[75, 80, 90, 100])
+    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
+    options = parser.parse_args()
+    print(f"{'kernel':32} sm  {'dtype':8}  regs  spilled bytes")
+    for arch in options.arch:
+        for dtype in options.dtype:
+            for report in reports(arch, dtype):
+                print(f"{report.kernel:32} {arch:3} {dtype:8} {report.registers:5} {report.spill_bytes:14}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
