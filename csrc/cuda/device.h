@@ -61,6 +61,9 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
+constexpr __device__ bool is_float16(Float16) { return true; }
+constexpr __device__ bool is_float16(Bfloat16) { return false; }
+
 PAIRLOSS_DEVICE double widened(double v) { return v; }
 PAIRLOSS_DEVICE float widened(float v) { return v; }
 PAIRLOSS_DEVICE float widened(Bfloat16 v) { return __uint_as_float(uint32_t(v.bits) << 16); }
@@ -82,6 +85,47 @@ PAIRLOSS_DEVICE void narrow(float v, Bfloat16* to) {
 #else
   const uint32_t bits = __float_as_uint(v);
   to->bits = uint16_t(v == v ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0);
+#endif
+}
+
+#if __CUDA_ARCH__ >= 800
+constexpr bool HAS_TENSOR_CORES = true;  // that take a chunk's 16 columns at a time
+#else
+constexpr bool HAS_TENSOR_CORES = false;
+#endif
+
+// Four 8 x 8 matrices of half numbers; this lane's address is of row lane % 8 of number lane / 8. To each lane two neighbours of row
+// lane / 4; of the TRANSPOSED matrix.
+template <bool TRANSPOSED>
+PAIRLOSS_DEVICE void load_matrices(uint32_t (&to)[4], const void* row) {
+  if constexpr (TRANSPOSED) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  }
+}
+
+#define PAIRLOSS_MMA(type)                                                                                           \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "    \
+               "{%8, %9}, {%0, %1, %2, %3};"                                                                         \
+               : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)                                                              \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+
+// A warp's c [16, 8] += a [16, 16] b [16, 8], in the instruction's layout.
+template <class T>
+PAIRLOSS_DEVICE void multiply(float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (is_float16(T())) {
+    PAIRLOSS_MMA("f16");
+  } else {
+    PAIRLOSS_MMA("bf16");
+  }
 #endif
 }
 

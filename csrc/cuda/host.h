@@ -1,8 +1,8 @@
 // A GPU for the tests: runs the kernels' own source on a CPU, block by block, with the barriers and shuffles of the real one.
 //
 // The threads of a block are fibers of one thread, which change places at barriers; or with PAIRLOSS_HOST_THREADS threads of their own,
-// for the sanitizers. Shared memory is as large as the launch asks for, and filled with NaN. Products of half numbers are sums in float:
-// what add_products and add_gradient do where there are no tensor cores.
+// for the sanitizers. Shared memory is as large as the launch asks for, and filled with NaN. Tensor cores are there, by their documented
+// layout.
 #pragma once
 
 #include <cmath>
@@ -64,6 +64,8 @@ class Barrier {
 struct Warp {
   Barrier barrier{32};
   double exchanged[32];
+  const uint16_t* rows[32];
+  uint32_t a[32][4], b[32][2];
 };
 
 struct BlockState {
@@ -220,6 +222,49 @@ inline void narrow(float v, Bfloat16* to) {
   uint32_t bits;
   std::memcpy(&bits, &v, sizeof bits);
   to->bits = uint16_t(v == v ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0);
+}
+
+constexpr bool HAS_TENSOR_CORES = true;
+
+// As PTX has ldmatrix.x4 and mma.m16n8k16. Number k of a lane's two in a register is the high half for odd k.
+template <bool TRANSPOSED>
+void load_matrices(uint32_t (&to)[4], const void* row) {
+  host::Warp& warp = *host::self.block->warps[thread() / 32];
+  const int lane = thread() % 32;
+  warp.rows[lane] = static_cast<const uint16_t*>(row);
+  warp.barrier.arrive_and_wait();
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    const auto number = [&](int i, int j) -> uint32_t { return TRANSPOSED ? warp.rows[matrix * 8 + j][i] : warp.rows[matrix * 8 + i][j]; };
+    const int i = lane / 4, j = lane % 4 * 2;
+    to[matrix] = number(i, j) | number(i, j + 1) << 16;
+  }
+  warp.barrier.arrive_and_wait();
+}
+
+template <class T>
+void multiply(float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  host::Warp& warp = *host::self.block->warps[thread() / 32];
+  const int lane = thread() % 32;
+  std::memcpy(warp.a[lane], a, sizeof a);
+  warp.b[lane][0] = b0;
+  warp.b[lane][1] = b1;
+  warp.barrier.arrive_and_wait();
+  const auto number = [](uint32_t both, int k) {
+    const uint16_t bits = uint16_t(both >> (k % 2 * 16));
+    T value;
+    std::memcpy(&value, &bits, sizeof bits);
+    return widened(value);
+  };
+  // Row i of a lies with lanes 4 (i % 8) ..., its second eight rows in odd registers, its second eight columns in registers 2 and 3.
+  const auto of_a = [&](int i, int k) { return number(warp.a[i % 8 * 4 + k % 8 / 2][i / 8 + k / 8 * 2], k); };
+  const auto of_b = [&](int k, int j) { return number(warp.b[j * 4 + k % 8 / 2][k / 8], k); };
+  float* const c[2][2] = {{&c0, &c1}, {&c2, &c3}};
+  for (int half = 0; half < 2; ++half) {
+    for (int e = 0; e < 2; ++e) {
+      for (int k = 0; k < 16; ++k) *c[half][e] += of_a(lane / 4 + half * 8, k) * of_b(k, lane % 4 * 2 + e);
+    }
+  }
+  warp.barrier.arrive_and_wait();
 }
 
 template <class... Args>

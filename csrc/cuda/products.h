@@ -57,37 +57,6 @@ PAIRLOSS_DEVICE const T& entry(const char* lines, int line_bytes, int line, int 
   return reinterpret_cast<const T*>(lines + line * line_bytes)[at];
 }
 
-#if __CUDA_ARCH__ >= 800
-
-// Four 8 x 8 matrices of half numbers; this lane's address is of one row of one of them.
-template <bool TRANSPOSED>
-PAIRLOSS_DEVICE void load_matrices(uint32_t (&to)[4], const void* row) {
-  if constexpr (TRANSPOSED) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(shared_address(row))
-                 : "memory");
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(shared_address(row))
-                 : "memory");
-  }
-}
-
-#define PAIRLOSS_MMA(type)                                                                                            \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-               : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)                                                               \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
-
-PAIRLOSS_DEVICE void multiply(Float16, float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  PAIRLOSS_MMA("f16");
-}
-
-PAIRLOSS_DEVICE void multiply(Bfloat16, float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  PAIRLOSS_MMA("bf16");
-}
-
 // On tensor cores: += a b with a [ROWS, depth] and b [depth, 8 C / 2], whose lines are its rows, or where TRANSPOSED its columns.
 template <class T, bool TRANSPOSED, int C>
 PAIRLOSS_DEVICE void add_matrix_product(float (&to)[2][C], const char* a, int a_line, const char* b, int b_line, int depth) {
@@ -104,13 +73,11 @@ PAIRLOSS_DEVICE void add_matrix_product(float (&to)[2][C], const char* a, int a_
       } else {
         load_matrices<true>(of_b, &entry<T>(b, b_line, k + second + eight, first + third));
       }
-      multiply(T(), to[0][c], to[0][c + 1], to[1][c], to[1][c + 1], of_a, of_b[0], of_b[1]);
-      multiply(T(), to[0][c + 2], to[0][c + 3], to[1][c + 2], to[1][c + 3], of_a, of_b[2], of_b[3]);
+      multiply<T>(to[0][c], to[0][c + 1], to[1][c], to[1][c + 1], of_a, of_b[0], of_b[1]);
+      multiply<T>(to[0][c + 2], to[0][c + 3], to[1][c + 2], to[1][c + 3], of_a, of_b[2], of_b[3]);
     }
   }
 }
-
-#endif
 
 // By multiply-adds: += a b^T.
 template <class T, int C>
@@ -160,13 +127,8 @@ PAIRLOSS_DEVICE void add_rows(typename Shape<T>::Sum (&to)[Shape<T>::R][C], cons
   }
 }
 
-#if __CUDA_ARCH__ >= 800
 template <class T>
-constexpr bool ON_TENSOR_CORES = Shape<T>::HALF;
-#else
-template <class T>
-constexpr bool ON_TENSOR_CORES = false;
-#endif
+constexpr bool ON_TENSOR_CORES = Shape<T>::HALF && HAS_TENSOR_CORES;
 
 // A chunk of the tile's rows of x by a chunk of those of y.
 template <class T, int C>
