@@ -37,6 +37,8 @@ MOST_PARTS = 8  # partial gradients of x's size
 def why_not(call: Call) -> str | None:
     if _missing is not None:
         return f"not built ({_why_missing()})"
+    if (call.x.dtype == torch.float64) != (call.product_dtype == torch.float64):
+        return f"products of {call.x.dtype} rows in {call.product_dtype} are not served"
     device = call.x.device
     if device.type != _cuda.device_type or torch.version.hip:
         return f"the tensors are on {'an AMD GPU' if torch.version.hip else device.type}, not on an NVIDIA GPU"
@@ -141,10 +143,11 @@ def _side_grads(
         return None, None, None
     blocks = max(1, _tiles(n, tile.rows) * _tiles(d, tile.gradient))
     parts = max(1, min(BLOCKS // blocks, MOST_PARTS, _tiles(m, tile.cols)))
+    new = call.x.new_empty if n and m else call.x.new_zeros
     # Exponentials have no kernel that forms the bias's gradient alone.
-    dx = call.x.new_zeros(parts, n, d) if need_rows or form.term == "exp" else None
-    dbias = call.x.new_zeros(parts, n) if need_bias else None
-    sums = call.x.new_zeros(parts, n) if need_sums else None
+    dx = new(parts, n, d) if need_rows or form.term == "exp" else None
+    dbias = new(parts, n) if need_bias else None
+    sums = new(parts, n) if need_sums else None
     if n and m:
         visits = None
         if form.term != "exp" and x.ids is not None and y.ids is not None and x.ids.ndim == 1:
@@ -175,6 +178,7 @@ def _contiguous(vector: Tensor | None) -> Tensor | None:
 
 def _launch(function: Any, call: Call, tile: _Tile, x: _Side, y: _Side, self_offset: int | None, *arguments: Any) -> None:
     """function(dtype, call, *arguments): a launch. Memory that is freed when this returns is used again only behind it on the stream."""
+    cutoff = None if call.cutoff is None else call.cutoff.to(call.x)
     kept: list[Tensor | None] = []
     sides = (_native_side(x, tile.rows, kept), _native_side(y, tile.cols, kept))
     on_gpu = call.x.device.type == "cuda"
@@ -189,7 +193,7 @@ def _launch(function: Any, call: Call, tile: _Tile, x: _Side, y: _Side, self_off
         circle=call.score == "circle",
         margin=call.m,
         gamma=call.gamma,
-        cutoff=_address(call.cutoff),
+        cutoff=_address(cutoff),
         device=call.x.device.index or 0,
         stream=torch.cuda.current_stream(call.x.device).cuda_stream if on_gpu else 0,
     )

@@ -87,16 +87,17 @@ struct Block {
     Carried<A, S::COLS> y;
   };
   static constexpr int BYTES = 2 * SLOT_BYTES + int(sizeof(Shared));
+  static_assert(BYTES % PIECE == 0 && S::ROWS % S::COLS == 0);
 
   const Pairs<T>& p;
   char* memory;
   int turn = 0;
   int64_t i0 = 0, j0 = 0;  // the tile's first row and column
   Set set = MIXED;
-  int rows = 0, cols = 0;  // of the tile that exist
-  int left_out = 0;        // in row r the pair of column left_out + r is left out
-  bool masked = false;     // some pairs are beyond the edges or left out
-  A z[S::R][C];         // products, then logits, then what becomes of them
+  int height = 0, width = 0;  // rows and columns of the tile that exist
+  int left_out = 0;           // in row r the pair of column left_out + r is left out
+  bool masked = false;        // some pairs are beyond the edges or left out
+  A z[S::R][C];               // products, then logits, then what becomes of them
 
   PAIRLOSS_DEVICE explicit Block(const Pairs<T>& pairs) : p(pairs), memory(shared_memory()) {}
 
@@ -134,11 +135,11 @@ struct Block {
     i0 = int64_t(i) * S::ROWS;
     j0 = int64_t(j) * S::COLS;
     set = tile_set(p, i, j);
-    rows = int(p.x.n - i0 < S::ROWS ? p.x.n - i0 : S::ROWS);
-    cols = int(p.y.n - j0 < S::COLS ? p.y.n - j0 : S::COLS);
+    height = int(p.x.n - i0 < S::ROWS ? p.x.n - i0 : S::ROWS);
+    width = int(p.y.n - j0 < S::COLS ? p.y.n - j0 : S::COLS);
     const int64_t first = i0 + p.self_offset - j0;
     left_out = p.has_self && first > -S::ROWS && first < S::COLS ? int(first) : S::COLS;
-    masked = rows < S::ROWS || cols < S::COLS || left_out < S::COLS;
+    masked = height < S::ROWS || width < S::COLS || left_out < S::COLS;
 #pragma unroll
     for (int a = 0; a < S::R; ++a) {
 #pragma unroll
@@ -158,7 +159,7 @@ struct Block {
   PAIRLOSS_DEVICE bool same_id(int row, int col) {
     if (set != MIXED) return set == POSITIVES;
     if (p.words == 0) return shared().x.ids[row] == shared().y.ids[col];
-    if (row >= rows || col >= cols) return false;
+    if (row >= height || col >= width) return false;
     const int64_t i = i0 + row, j = j0 + col;
     for (int w = 0; w < p.words; ++w) {
       if (p.x.ids[i * p.words + w] & p.y.ids[j * p.words + w]) return true;
@@ -167,7 +168,7 @@ struct Block {
   }
 
   PAIRLOSS_DEVICE bool is_left_out(int row, int col) const {
-    return masked && (row >= rows || col >= cols || row + left_out == col);
+    return masked && (row >= height || col >= width || row + left_out == col);
   }
 
   // The logit of a pair with the product s, -inf if it is in no set; and the derivative of its score.

@@ -22,9 +22,9 @@ struct Shape {
   using Sum = std::conditional_t<sizeof(T) == 8, double, float>;  // what products are added up in
   static constexpr bool HALF = sizeof(T) == 2;
   static constexpr int THREADS = 32 * PAIRLOSS_WARPS, WARPS = PAIRLOSS_WARPS;
-  static constexpr int ROWS = 16 * WARPS;                                             // anchors of a tile
+  static constexpr int ROWS = 16 * WARPS;                                                   // anchors of a tile
   static constexpr int COLS = PAIRLOSS_COLS / (sizeof(T) == 8 && PAIRLOSS_COLS > 32 ? 2 : 1);  // candidates of a tile
-  static constexpr int CHUNK = CHUNK_BYTES / int(sizeof(T));                          // columns of x and y in a chunk
+  static constexpr int CHUNK = CHUNK_BYTES / int(sizeof(T));                                // columns of x and y in a chunk
   static constexpr int VECTOR = PIECE / int(sizeof(T));
   static constexpr int LANES = HALF ? 4 : 8;  // half: as mma.m16n8k16 lays out its result
   static constexpr int ROW_LANES = 32 / LANES;
@@ -57,7 +57,7 @@ PAIRLOSS_DEVICE const T& entry(const char* lines, int line_bytes, int line, int 
   return reinterpret_cast<const T*>(lines + line * line_bytes)[at];
 }
 
-// On tensor cores: += a b with a [ROWS, depth] and b [depth, 8 C / 2], whose lines are its rows, or where TRANSPOSED its columns.
+// On tensor cores: += a b with a [ROWS, depth] and b [depth, 4 C], whose lines are its rows, or where TRANSPOSED its columns.
 template <class T, bool TRANSPOSED, int C>
 PAIRLOSS_DEVICE void add_matrix_product(float (&to)[2][C], const char* a, int a_line, const char* b, int b_line, int depth) {
   const int l = lane();
