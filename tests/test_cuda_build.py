@@ -23,4 +23,5 @@ def test_no_warnings_and_no_spills(dtype):
     assert len(seen) == 6, "row_stats of two scores; gradients of two scores and of terms, terms without gradients"
     for report in seen:
         assert report.spill_bytes == 0, report
-        assert report.registers * 128 * (2 if report.owns_gradient else 3) <= 65536, f"fewer blocks on a multiprocessor: {report}"
+        blocks = 2 if report.owns_gradient or dtype == "double" else 3
+        assert report.registers * 128 * blocks <= 65536, f"fewer blocks on a multiprocessor than the launch bounds say: {report}"
