@@ -4,6 +4,7 @@ Each op has a backward op, and a torch.autograd.Function ties the two together: 
 torch.func (docs/design.md). The engine is chosen inside the op: at trace time, torch.compile would guard N and recompile.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +45,7 @@ def _row_stats(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         order = LabelOrder(call, engine)
         row_sums, col_sums = engine.row_stats_fwd(order.call)
         row_sums, col_sums = order.unordered_rows(row_sums, 2), order.unordered_cols(col_sums, 2)
-        return _log(row_sums), _log(col_sums), row_sums, col_sums
+        return _log(row_sums), _log(col_sums) if call.both_sides else col_sums.new_empty(col_sums.shape[1:]), row_sums, col_sums
 
 
 def _log(sums: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ def _row_stats_backward(*args: Any) -> list[Tensor]:
 def _weights(sums: Tensor, grad: Tensor) -> Tensor:
     """grad * exp(z - log sum) = (grad / s) e^-m * exp(z)."""
     s, m = sums
-    return torch.stack([torch.where(s == 0, 0, grad / s), m])
+    return torch.stack([(grad / s).masked_fill(s == 0, 0), m])
 
 
 def _pair_sum(*args: Any) -> Tensor:
@@ -157,9 +158,16 @@ def _backward(ctx: Any, op: Any, differentiable: tuple[int, ...], args: list[Any
     return tuple(result)
 
 
+def with_signature(forward: Any) -> Any:
+    """torch asks for the signature of a Function's forward at every call; to build it anew takes as long as a small operation or five."""
+    forward.__signature__ = inspect.signature(forward)
+    return forward
+
+
 # Each parameter by name: dynamo takes *args for a forward with ctx and fails where nothing requires a gradient.
 class RowStats(torch.autograd.Function):
     @staticmethod
+    @with_signature
     def forward(
         x: Tensor, y: Any, ids_x: Any, ids_y: Any, self_offset: Any, row_bias: Any, col_bias: Any, product_dtype: torch.dtype,
         cutoff: Any, score: str, m: float, gamma: float, both_sides: bool, logit_bound: float, backend: Any,
@@ -176,12 +184,14 @@ class RowStats(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor, grad_cols: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         inputs, (row_sums, col_sums) = _saved(ctx)
-        weights = [_weights(row_sums, grad_rows), _weights(col_sums, grad_cols)]
+        both_sides = inputs[_NUM_PAIRS + 4]
+        weights = [_weights(row_sums, grad_rows), _weights(col_sums, grad_cols) if both_sides else col_sums]
         return _backward(ctx, torch.ops.pairloss.row_stats_backward, _DIFFERENTIABLE, inputs + weights)
 
 
 class PairSum(torch.autograd.Function):
     @staticmethod
+    @with_signature
     def forward(
         x: Tensor, y: Any, ids_x: Any, ids_y: Any, self_offset: Any, row_bias: Any, col_bias: Any, product_dtype: torch.dtype,
         over: str, term: str, backend: Any,
@@ -201,6 +211,7 @@ class PairTotal(torch.autograd.Function):
     """sum_i weights_i sum_i of the pair sums. Its gradient needs nothing that the pass over the pairs doesn't know: it is formed there."""
 
     @staticmethod
+    @with_signature
     def forward(
         x: Tensor, y: Any, ids_x: Any, ids_y: Any, self_offset: Any, row_bias: Any, col_bias: Any, product_dtype: torch.dtype,
         over: str, term: str, backend: Any, weights: Tensor, needs: list[bool],
@@ -237,6 +248,7 @@ def _multiplied(factor: Tensor, *tensors: Tensor) -> list[Tensor]:
 
 class SelectedProducts(torch.autograd.Function):
     @staticmethod
+    @with_signature
     def forward(x: Tensor, y: Tensor, index: Tensor, product_dtype: torch.dtype) -> Any:
         return torch.ops.pairloss.selected_products(x, y, index, product_dtype)
 
@@ -259,6 +271,7 @@ class _Once(torch.autograd.Function):
     """What a backward computes, with no derivative of its own."""
 
     @staticmethod
+    @with_signature
     def forward(op: Any, *args: Any) -> tuple[Tensor, ...]:
         return tuple(op(*args))
 

@@ -15,6 +15,7 @@ spans any temperature, and unlike a rounded logarithm of the sum it gives weight
 0 e^0. A weight of 0 may come with any m, and its pairs with any logit.
 """
 
+import functools
 import importlib
 import math
 import os
@@ -104,10 +105,11 @@ def zero_grads(call: Call, needs: list[bool]) -> list[Tensor | None]:
 
 def without_autocast(rows: Tensor) -> AbstractContextManager[None]:
     """The call says in which dtype to multiply; autocast must not change its mind."""
-    device = rows.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    device = rows.device.type  # the meta device has no autocast, and asking raises
+    return torch.autocast(device, enabled=False) if device != "meta" and torch.is_autocast_enabled(device) else nullcontext()
 
 
+@functools.cache
 def load(name: str) -> ModuleType:
     return importlib.import_module(ENGINES[name])
 

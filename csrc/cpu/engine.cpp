@@ -226,9 +226,15 @@ class Run {
       }
     }
 
+    // [2, K, n], as pairloss.engines.normalised.
     void put(T* to, int64_t n) const {
-      for (const std::vector<T>* part : {&s, &m}) {
-        for (int k = 0; k < sets; ++k, to += n) std::copy_n(part->data() + k * stride, n, to);
+      for (int k = 0; k < sets; ++k) {
+        for (int64_t i = 0; i < n; ++i) {
+          const T si = s[k * stride + i], mi = m[k * stride + i];
+          const T log_sum = si == 0 ? T(0) : std::abs(mi) < T(1 << 22) ? mi + std::log(si) : mi;
+          to[k * n + i] = si == 0 ? T(0) : si * std::exp(mi - log_sum);
+          to[(sets + k) * n + i] = log_sum;
+        }
       }
     }
   };
