@@ -89,7 +89,7 @@ def _pair_sum_call(args: Any, with_sums: bool, weights: Tensor | None, needs: li
     engine = engines.choose(call, backend)
     with engines.without_autocast(call.x):
         order = LabelOrder(call, engine)
-        sums, grads = engine.pair_sum(order.call, over, term, with_sums, None if weights is None else order.rows(weights), needs)
+        sums, grads = engine.pair_sum_fwd_bwd(order.call, over, term, with_sums, None if weights is None else order.rows(weights), needs)
         return order.unordered_rows(sums, 0), _needed(order.unordered_grads(*grads), needs)
 
 
@@ -224,12 +224,13 @@ class PairTotal(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output[1:])
+        ctx.save_for_backward(*output[1:], *(v for v in inputs if isinstance(v, Tensor)))
         ctx.needs = inputs[-1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        of_weights, *formed = _once(_multiplied, grad, *ctx.saved_tensors)
+        # The inputs come along for the second derivative to be refused: without them the gradient would be a constant.
+        of_weights, *formed = _once(_multiplied, sum(ctx.needs) + 1, grad, *ctx.saved_tensors)
         grads: list[Tensor | None] = [None] * (_NUM_PAIRS + 5)
         for i, v in zip((i for i, need in zip(_DIFFERENTIABLE, ctx.needs, strict=True) if need), formed, strict=True):
             grads[i] = v
@@ -242,8 +243,8 @@ def without_silent(sums: Tensor, weights: Tensor) -> Tensor:
     return torch.where((weights == 0) & sums.isinf(), 0, sums)
 
 
-def _multiplied(factor: Tensor, *tensors: Tensor) -> list[Tensor]:
-    return [factor * v for v in tensors]
+def _multiplied(count: int, factor: Tensor, *tensors: Tensor) -> list[Tensor]:
+    return [factor * v for v in tensors[:count]]
 
 
 class SelectedProducts(torch.autograd.Function):

@@ -48,7 +48,7 @@ def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: l
     return grads
 
 
-def pair_sum(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> PairSum:
+def pair_sum_fwd_bwd(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> PairSum:
     arguments, grads = _Arguments(call), zero_grads(call, needs)
     sums = call.x.new_zeros(call.x.shape[0]) if with_sums else None
     weights = None if weights is None else weights.contiguous()
