@@ -59,7 +59,7 @@ def snnl(
         ignore_index: rows with this label are neither anchors nor candidates.
         reduction: "mean" (sum of w l over sum of w, anchors that count), "sum", or "none" ([N], w_i l_i, 0 at anchors
             that don't count).
-        backend: "torch", "triton", "reference" (N x N), or None for the best that can run.
+        backend: "cpu", "torch", "triton", "reference" (N x N), or None for the best that can run.
 
     Returns:
         0-dim tensor, or [N] with reduction="none": float64 for float64 (complex128) features, else float32. If no anchor

@@ -63,7 +63,7 @@ def row_stats(
         both_sides: also the statistics over the columns, from the same pass. Not with y=None, where they are the same.
         product_dtype: the dtype that the rows are rounded to before the products; None keeps x.dtype.
         logit_bound: a bound on every \|z_ij\| that the caller vouches for; small enough, no maximum is tracked.
-        backend: "reference", "torch", "triton" or None for the best that can run.
+        backend: "reference", "cpu", "torch", "triton" or None for the best that can run.
 
     Returns:
         rows [K, N] and cols [K, M] (M = 0 without both_sides) in x.dtype; K = 2 (pos, neg) with ids, 1 without.
