@@ -34,8 +34,10 @@ class CMakeBuild(build_ext):
 
     def run_cmake(self, build: Path, target: Path) -> str | None:
         """None, or why there is no extension."""
-        import pybind11
-
+        try:
+            import pybind11
+        except ImportError:
+            return "pybind11 was not found."
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
         configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DCMAKE_INSTALL_PREFIX={target}"]
         # Build requirements that were installed beside this Python come first.

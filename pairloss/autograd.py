@@ -224,18 +224,23 @@ class PairTotal(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output[1:], *(v for v in inputs if isinstance(v, Tensor)))
-        ctx.needs = inputs[-1]
+        _save(ctx, inputs, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        (*args, weights, formed), (sums, *grads) = _saved(ctx)
+        result: list[Tensor | None] = [None] * len(ctx.inputs)
+        if any(ctx.needs_input_grad[i] and not has for i, has in zip(_DIFFERENTIABLE, formed, strict=True)):
+            # An outer torch.func transform wants what the inner one, which formed the gradient, did not.
+            result = list(_backward(ctx, torch.ops.pairloss.pair_sum_backward, _DIFFERENTIABLE, [*args, grad * weights]))
+            (result[-2],) = _once(_multiplied, 1, grad, sums)
+            return tuple(result)
         # The inputs come along for the second derivative to be refused: without them the gradient would be a constant.
-        of_weights, *formed = _once(_multiplied, sum(ctx.needs) + 1, grad, *ctx.saved_tensors)
-        grads: list[Tensor | None] = [None] * (_NUM_PAIRS + 5)
-        for i, v in zip((i for i, need in zip(_DIFFERENTIABLE, ctx.needs, strict=True) if need), formed, strict=True):
-            grads[i] = v
-        grads[-2] = of_weights
-        return tuple(grads)
+        inputs = [v for v in (*args, weights) if isinstance(v, Tensor)]
+        result[-2], *scaled = _once(_multiplied, 1 + len(grads), grad, sums, *grads, *inputs)
+        for i, v in zip((i for i, has in zip(_DIFFERENTIABLE, formed, strict=True) if has), scaled, strict=True):
+            result[i] = v
+        return tuple(result)
 
 
 def without_silent(sums: Tensor, weights: Tensor) -> Tensor:

@@ -62,7 +62,9 @@ def prepare(
     if metric == "cosine":
         bound = 1 / tau if isinstance(tau, float) else math.inf
         x = unit(x, scale)
-        return Rows(x, None if y is None else unit(y, scale), row_bias, col_bias, product_dtype, bound, _poison(x))
+        return Rows(
+            x, None if y is None else unit(y, scale), row_bias, col_bias, product_dtype, bound, _poison(x[:, :1])
+        )  # NaN in one column is NaN in all
 
     x = _poisoned(x * scale, product_dtype)
     y = None if y is None else _poisoned(y * scale, product_dtype)
@@ -126,6 +128,8 @@ class _Unit(torch.autograd.Function):
     With r = 1 / |x| and u = r x: dx = scale r (g - u <u, g>).
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     @with_signature
     def forward(x: Tensor, scale: Any) -> Any:
@@ -134,7 +138,9 @@ class _Unit(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, scale = inputs
-        ctx.save_for_backward(x, *(v for v in (scale,) if isinstance(v, Tensor)))
+        tensors = (x, scale) if isinstance(scale, Tensor) else (x,)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
         ctx.scale = None if isinstance(scale, Tensor) else scale
 
     @staticmethod
@@ -147,6 +153,15 @@ class _Unit(torch.autograd.Function):
         dx = (grad - u * along) * (inverse * scale) if ctx.needs_input_grad[0] else None
         return dx, along.sum() if ctx.needs_input_grad[1] else None
 
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor | None, dscale: Tensor | None) -> Tensor:
+        x, *tensors = ctx.saved_tensors
+        scale = tensors[0] if tensors else ctx.scale
+        inverse = _inverse_norm(x)
+        u = x * inverse
+        tangent = torch.zeros_like(x) if dx is None else (dx - u * (dx * u).sum(1, keepdim=True)) * (inverse * scale)
+        return tangent if dscale is None else tangent + u * dscale
+
 
 def _inverse_norm(x: Tensor) -> Tensor:
     """[N, 1]: 1 / |x|, 0 for a zero row, NaN for a norm that is not finite: 1 / inf would silently give the zero vector."""
@@ -157,7 +172,7 @@ def _inverse_norm(x: Tensor) -> Tensor:
 
 
 def _poison(x: Tensor) -> Tensor:
-    return x.detach()[:, 0] * 0  # what is not finite is NaN in all of the row already
+    return x.detach().sum(1) * 0
 
 
 def _poisoned(x: Tensor, product_dtype: torch.dtype) -> Tensor:

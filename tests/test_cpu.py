@@ -17,7 +17,17 @@ from pairloss.ops import pair_sum, row_stats
 
 ROOT = Path(__file__).parent.parent
 needs_extension = pytest.mark.skipif(cpu._missing is not None, reason=f"pairloss._cpu: {cpu._missing}")
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+
+
+def missing_sanitizers() -> str | None:
+    if shutil.which("g++") is None:
+        return "no g++"
+    for flag in ("-fsanitize=address,undefined", "-fsanitize=thread"):
+        command = ["g++", "-x", "c++", flag, "-", "-o", os.devnull]
+        if subprocess.run(command, input="int main() {}", text=True, capture_output=True).returncode != 0:
+            return f"g++ has no library for {flag}"
+    return None
+
 
 FORMS = ("self", "self-circle", "two-cutoff", "positives", "negatives")
 
@@ -124,7 +134,15 @@ def test_an_extension_that_is_demanded_must_build(tmp_path):
     done = build_without_compiler(tmp_path, "1")
     assert done.returncode != 0
     assert "was not built" in done.stderr
-    assert build_without_compiler(tmp_path, "0").stderr.strip() == ""
+    assert "was not built" not in build_without_compiler(tmp_path, "0").stderr
+
+
+def test_an_install_without_pybind11_says_so(tmp_path, monkeypatch):
+    (tmp_path / "pybind11.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = build_without_compiler(tmp_path, "")
+    assert done.returncode == 0, done.stderr
+    assert "pybind11 was not found." in done.stderr
 
 
 BUILDS = {
@@ -138,16 +156,28 @@ def every_form(tmp_path: Path, build: str, threads: int) -> np.ndarray:
     """What tests/every_form.cpp computes in this build; no OpenMP, whose library thread sanitizers don't know."""
     program, out = tmp_path / build, tmp_path / f"{build}.bin"
     sources = ["tests/every_form.cpp", "csrc/cpu/engine.cpp", "csrc/cpu/kernels.cpp"]
-    flags = ["-std=c++20", "-O1", "-ffp-contract=fast", "-DPAIRLOSS_TARGET=baseline", "-pthread", *BUILDS[build]]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-ffp-contract=off",
+        "-DPAIRLOSS_TARGET=baseline",
+        "-DPAIRLOSS_THREAD_FLOPS=1",
+        "-pthread",
+        *BUILDS[build],
+    ]
     subprocess.run(["g++", *flags, *sources, "-o", str(program)], cwd=ROOT, check=True)
     done = subprocess.run([str(program), str(out), str(threads)], capture_output=True, text=True)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("this thread sanitizer does not know this kernel's address space")
     assert done.returncode == 0, done.stderr[:3000]
     return np.fromfile(out)
 
 
-@needs_compiler
 def test_sanitizers_and_wide_vectors(tmp_path):
     """No access out of bounds, no undefined behaviour, no race; the same bits for 2 and 4 threads; vectors of 64 bytes compute the same."""
+    reason = missing_sanitizers()
+    if reason is not None:
+        pytest.skip(reason)
     results = {build: every_form(tmp_path, build, threads) for build, threads in (("address", 2), ("thread", 4), ("wide", 3))}
     assert len(results["address"]) > 1_000_000
     assert np.isfinite(results["address"]).all()

@@ -177,6 +177,8 @@ def test_only_wanted_gradients_are_computed(monkeypatch):
         ({"self_offset": 1}, "y=None: expected"),
         ({"y": torch.zeros(4, 2), "ids_x": torch.zeros(3)}, "ids_x, ids_y: expected both or neither"),
         ({"row_bias": torch.zeros(2)}, r"row_bias: expected one entry per row, got shape \[2\]"),
+        ({"row_bias": torch.zeros(3, dtype=torch.float64)}, r"row_bias: expected torch.float32 of shape \[3\], got torch.float64 \[3\]"),
+        ({"ids_x": torch.zeros(3, 0, dtype=torch.long)}, r"ids_x: expected shape \[N\] or, multi-hot, \[N, W\] with W >= 1, got \[3, 0\]"),
         ({"score": "angular"}, r"score: expected one of \('linear', 'circle'\), got 'angular'"),
         ({"score": "circle"}, "score='circle': expected ids_x and cutoff=None"),
         ({"col_bias": torch.zeros(3)}, "y=None: expected col_bias=None and both_sides=False"),

@@ -221,9 +221,8 @@ template <class T>
 void widen(int64_t n, const T* g, const T* m, T* low, T* high) {
   for (int64_t i = 0; i < n; ++i) {
     if (g[i] == 0) continue;
-    // Written so that a NaN sticks.
-    if (!(m[i] >= *low)) *low = m[i];
-    if (!(m[i] <= *high)) *high = m[i];
+    if (m[i] < *low || m[i] != m[i]) *low = m[i];  // a NaN sticks
+    if (m[i] > *high || m[i] != m[i]) *high = m[i];
   }
 }
 
