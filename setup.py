@@ -52,8 +52,10 @@ def has_nvcc() -> bool:
 
 def run_cmake(engine: str, build: Path, target: Path) -> str | None:
     """None, or why there is no extension."""
-    import pybind11
-
+    try:
+        import pybind11
+    except ImportError:
+        return "pybind11 was not found."
     configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
     configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DCMAKE_INSTALL_PREFIX={target}", f"-DPAIRLOSS_ENGINE={engine}"]
     if "CMAKE_CUDA_ARCHITECTURES" in os.environ:

@@ -38,6 +38,12 @@ def tile_products(
 
 
 @triton.jit
+def biased(v, bias, OVER: tl.constexpr):
+    """v with a bias of z; pairs that don't count stay out, also under an infinite one."""
+    return tl.where(v == float("-inf"), v, v + signed(bias, OVER))
+
+
+@triton.jit
 def term_value(v, TERM: tl.constexpr, OVER: tl.constexpr):
     if TERM == "softplus":
         return softplus(v)
@@ -66,13 +72,13 @@ def term_weights(
         v_x = v
         v_y = v
         if HAS_BIAS:
-            v_x = v + signed(x[1], OVER)[:, None]
-            v_y = v + signed(y[1], OVER)[None, :]
+            v_x = biased(v, x[1][:, None], OVER)
+            v_y = biased(v, y[1][None, :], OVER)
         w = term_weight(x[2][:, None], v_x, TERM, OVER)
         return w, w + term_weight(y[2][None, :], v_y, TERM, OVER)
     else:
         if HAS_BIAS:
-            v += signed(x[1], OVER)[:, None] + signed(y[1], OVER)[None, :]
+            v = biased(v, x[1][:, None] + y[1][None, :], OVER)
         w = term_weight(x[2][:, None] if ROLE_X else y[2][None, :], v, TERM, OVER)
         return w, w
 
@@ -124,9 +130,9 @@ def pair_sum_fwd_kernel(
         only = tile_set(p_range_x, p_range_y, i, j, T_X, T_Y, SETS)
         v = tile_products(s, x, y, i, j, only, N, M, self_offset, OVER, SETS, HAS_SELF, BLOCK_M, BLOCK_N)
         if HAS_BIAS:
-            v += signed(x[1], OVER)[:, None]
+            v = biased(v, x[1][:, None], OVER)
             if not SYMMETRIC:
-                v += signed(y[1], OVER)[None, :]
+                v = biased(v, y[1][None, :], OVER)
         sums += tl.sum(term_value(v, TERM, OVER), 1)
 
     tl.store(p_sums + group.to(tl.int64) * N + o_i, sums, o_i < N)

@@ -107,17 +107,17 @@ def reduce(losses: Tensor, counts: Tensor, weight: Tensor | None, reduction: str
     if ignored is not None:
         counts = counts & ~ignored
     if weight is None:
-        weighted = torch.where(counts, losses, 0)
+        weighted = losses.masked_fill(~counts, 0)
     else:  # a weight of 0 silences an infinite loss, but no NaN
         silent = (weight == 0) & losses.isinf()
-        weighted = torch.where(counts & ~silent, weight * torch.where(silent, 0, losses), 0)
+        weighted = (weight * losses.masked_fill(silent, 0)).masked_fill(silent | ~counts, 0)
     if reduction == "none":
         return weighted
     total = weighted.sum()
     if reduction == "sum":
         return total
-    share = counts.sum().to(losses.dtype) if weight is None else torch.where(counts, weight, 0).sum()
-    return total / torch.where(share == 0, 1, share)
+    share = counts.sum() if weight is None else weight.masked_fill(~counts, 0).sum()
+    return total / share.masked_fill(share == 0, 1)
 
 
 def reduce_all(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:

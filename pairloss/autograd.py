@@ -4,6 +4,7 @@ Each op has a backward op, and a torch.autograd.Function ties the two together: 
 torch.func (docs/design.md). The engine is chosen inside the op: at trace time, torch.compile would guard N and recompile.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +45,7 @@ def _row_stats(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         order = LabelOrder(call, engine)
         row_sums, col_sums = engine.row_stats_fwd(order.call)
         row_sums, col_sums = order.unordered_rows(row_sums, 2), order.unordered_cols(col_sums, 2)
-        return _log(row_sums), _log(col_sums), row_sums, col_sums
+        return _log(row_sums), _log(col_sums) if call.both_sides else col_sums.new_empty(col_sums.shape[1:]), row_sums, col_sums
 
 
 def _log(sums: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ def _row_stats_backward(*args: Any) -> list[Tensor]:
 def _weights(sums: Tensor, grad: Tensor) -> Tensor:
     """grad * exp(z - log sum) = (grad / s) e^-m * exp(z)."""
     s, m = sums
-    return torch.stack([torch.where(s == 0, 0, grad / s), m])
+    return torch.stack([(grad / s).masked_fill(s == 0, 0), m])
 
 
 def _pair_sum(*args: Any) -> Tensor:
@@ -88,7 +89,7 @@ def _pair_sum_call(args: Any, with_sums: bool, weights: Tensor | None, needs: li
     engine = engines.choose(call, backend)
     with engines.without_autocast(call.x):
         order = LabelOrder(call, engine)
-        sums, grads = engine.pair_sum(order.call, over, term, with_sums, None if weights is None else order.rows(weights), needs)
+        sums, grads = engine.pair_sum_fwd_bwd(order.call, over, term, with_sums, None if weights is None else order.rows(weights), needs)
         return order.unordered_rows(sums, 0), _needed(order.unordered_grads(*grads), needs)
 
 
@@ -157,9 +158,16 @@ def _backward(ctx: Any, op: Any, differentiable: tuple[int, ...], args: list[Any
     return tuple(result)
 
 
+def with_signature(forward: Any) -> Any:
+    """torch asks for the signature of a Function's forward at every call; to build it anew takes as long as a small operation or five."""
+    forward.__signature__ = inspect.signature(forward)
+    return forward
+
+
 # Each parameter by name: dynamo takes *args for a forward with ctx and fails where nothing requires a gradient.
 class RowStats(torch.autograd.Function):
     @staticmethod
+    @with_signature
     def forward(
         x: Tensor, y: Any, ids_x: Any, ids_y: Any, self_offset: Any, row_bias: Any, col_bias: Any, product_dtype: torch.dtype,
         cutoff: Any, score: str, m: float, gamma: float, both_sides: bool, logit_bound: float, backend: Any,
@@ -176,12 +184,14 @@ class RowStats(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor, grad_cols: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         inputs, (row_sums, col_sums) = _saved(ctx)
-        weights = [_weights(row_sums, grad_rows), _weights(col_sums, grad_cols)]
+        both_sides = inputs[_NUM_PAIRS + 4]
+        weights = [_weights(row_sums, grad_rows), _weights(col_sums, grad_cols) if both_sides else col_sums]
         return _backward(ctx, torch.ops.pairloss.row_stats_backward, _DIFFERENTIABLE, inputs + weights)
 
 
 class PairSum(torch.autograd.Function):
     @staticmethod
+    @with_signature
     def forward(
         x: Tensor, y: Any, ids_x: Any, ids_y: Any, self_offset: Any, row_bias: Any, col_bias: Any, product_dtype: torch.dtype,
         over: str, term: str, backend: Any,
@@ -201,6 +211,7 @@ class PairTotal(torch.autograd.Function):
     """sum_i weights_i sum_i of the pair sums. Its gradient needs nothing that the pass over the pairs doesn't know: it is formed there."""
 
     @staticmethod
+    @with_signature
     def forward(
         x: Tensor, y: Any, ids_x: Any, ids_y: Any, self_offset: Any, row_bias: Any, col_bias: Any, product_dtype: torch.dtype,
         over: str, term: str, backend: Any, weights: Tensor, needs: list[bool],
@@ -213,17 +224,23 @@ class PairTotal(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output[1:])
-        ctx.needs = inputs[-1]
+        _save(ctx, inputs, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        of_weights, *formed = _once(_multiplied, grad, *ctx.saved_tensors)
-        grads: list[Tensor | None] = [None] * (_NUM_PAIRS + 5)
-        for i, v in zip((i for i, need in zip(_DIFFERENTIABLE, ctx.needs, strict=True) if need), formed, strict=True):
-            grads[i] = v
-        grads[-2] = of_weights
-        return tuple(grads)
+        (*args, weights, formed), (sums, *grads) = _saved(ctx)
+        result: list[Tensor | None] = [None] * len(ctx.inputs)
+        if any(ctx.needs_input_grad[i] and not has for i, has in zip(_DIFFERENTIABLE, formed, strict=True)):
+            # An outer torch.func transform wants what the inner one, which formed the gradient, did not.
+            result = list(_backward(ctx, torch.ops.pairloss.pair_sum_backward, _DIFFERENTIABLE, [*args, grad * weights]))
+            (result[-2],) = _once(_multiplied, 1, grad, sums)
+            return tuple(result)
+        # The inputs come along for the second derivative to be refused: without them the gradient would be a constant.
+        inputs = [v for v in (*args, weights) if isinstance(v, Tensor)]
+        result[-2], *scaled = _once(_multiplied, 1 + len(grads), grad, sums, *grads, *inputs)
+        for i, v in zip((i for i, has in zip(_DIFFERENTIABLE, formed, strict=True) if has), scaled, strict=True):
+            result[i] = v
+        return tuple(result)
 
 
 def without_silent(sums: Tensor, weights: Tensor) -> Tensor:
@@ -231,12 +248,13 @@ def without_silent(sums: Tensor, weights: Tensor) -> Tensor:
     return torch.where((weights == 0) & sums.isinf(), 0, sums)
 
 
-def _multiplied(factor: Tensor, *tensors: Tensor) -> list[Tensor]:
-    return [factor * v for v in tensors]
+def _multiplied(count: int, factor: Tensor, *tensors: Tensor) -> list[Tensor]:
+    return [factor * v for v in tensors[:count]]
 
 
 class SelectedProducts(torch.autograd.Function):
     @staticmethod
+    @with_signature
     def forward(x: Tensor, y: Tensor, index: Tensor, product_dtype: torch.dtype) -> Any:
         return torch.ops.pairloss.selected_products(x, y, index, product_dtype)
 
@@ -259,6 +277,7 @@ class _Once(torch.autograd.Function):
     """What a backward computes, with no derivative of its own."""
 
     @staticmethod
+    @with_signature
     def forward(op: Any, *args: Any) -> tuple[Tensor, ...]:
         return tuple(op(*args))
 

@@ -58,7 +58,7 @@ def contrastive(
         metric: "cosine", or "dot" (rows as they come).
         weight: [N], weight of each pair.
         reduction: "mean" (sum of w l over sum of w), "sum", or "none" ([N], w_i l_i).
-        backend: "torch", "triton", "reference" (N x N), or None for the best that can run.
+        backend: "cpu", "torch", "triton", "reference" (N x N), or None for the best that can run.
 
     Returns:
         0-dim tensor, or [N] with reduction="none"; float64 for float64 inputs, else float32. A query without negatives has loss 0.

@@ -8,7 +8,7 @@ torch.get_num_threads(), with the same bits for any number of them.
 import torch
 from torch import Tensor
 
-from .engines import Call, PairSum, normalised, tile_size, zero_grads
+from .engines import Call, PairSum, tile_size, zero_grads
 
 _missing: str | None = None
 try:
@@ -38,7 +38,7 @@ def row_stats_fwd(call: Call) -> tuple[Tensor, Tensor]:
     rows = call.x.new_empty(2, sets, call.x.shape[0])
     cols = call.x.new_empty(2, sets, call.candidates.shape[0] if call.both_sides else 0)
     _cpu.row_stats(arguments.call, _address(rows), _address(cols) if call.both_sides else 0)
-    return normalised(*rows), normalised(*cols)
+    return rows, cols
 
 
 def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: list[bool]) -> list[Tensor | None]:
@@ -48,7 +48,7 @@ def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: l
     return grads
 
 
-def pair_sum(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> PairSum:
+def pair_sum_fwd_bwd(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> PairSum:
     arguments, grads = _Arguments(call), zero_grads(call, needs)
     sums = call.x.new_zeros(call.x.shape[0]) if with_sums else None
     weights = None if weights is None else weights.contiguous()

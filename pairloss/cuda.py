@@ -85,7 +85,7 @@ def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: l
     return _grads(call, _Form("exp", 1), row_weights, col_weights if call.both_sides else None, scale, needs, False)[1]
 
 
-def pair_sum(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> PairSum:
+def pair_sum_fwd_bwd(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> PairSum:
     form = _Form(term, SETS.index(over))
     if weights is None:
         weights, needs = call.x.new_zeros(call.x.shape[0]), [False] * 4

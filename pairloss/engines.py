@@ -7,14 +7,16 @@ An engine is a module with five functions; a new one is that module and a line i
     row_stats_fwd(call) -> (row_sums, col_sums)                sum of exp(z) over each set of each row (column)
     row_stats_bwd(call, row_weights, col_weights, needs)       from A_ij = the weight of the pair's set in row i (and in
         -> [dx, dy, drow_bias, dcol_bias]                      column j) times exp(z_ij); None where needs says so
-    pair_sum(call, over, term, with_sums, weights, needs)      sum of term(z) over one set of each row, None unless with_sums; and
-        -> (sums [N], [dx, dy, drow_bias, dcol_bias])          with weights [N], from W_ij = weights_i term'(z_ij)
+    pair_sum_fwd_bwd(call, over, term, with_sums,              sum of term(z) over one set of each row, None unless with_sums; and
+        weights, needs)                                        with weights [N], which may be None, from W_ij = weights_i term'(z_ij)
+        -> (sums [N], [dx, dy, drow_bias, dcol_bias])
 
 In row_stats sums and weights are [2, K, N] (columns: [2, K, M], M = 0 without both_sides): the sum is s e^m, the weight g e^-m. The pair
 spans any temperature, and unlike a rounded logarithm of the sum it gives weights that add up to 1. An empty set has the sum
 0 e^0. A weight of 0 may come with any m, and its pairs with any logit.
 """
 
+import functools
 import importlib
 import math
 import os
@@ -105,10 +107,11 @@ def zero_grads(call: Call, needs: list[bool]) -> list[Tensor | None]:
 
 def without_autocast(rows: Tensor) -> AbstractContextManager[None]:
     """The call says in which dtype to multiply; autocast must not change its mind."""
-    device = rows.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    device = rows.device.type  # the meta device has no autocast, and asking raises
+    return torch.autocast(device, enabled=False) if device != "meta" and torch.is_autocast_enabled(device) else nullcontext()
 
 
+@functools.cache
 def load(name: str) -> ModuleType:
     return importlib.import_module(ENGINES[name])
 

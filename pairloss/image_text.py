@@ -38,7 +38,7 @@ def clip(
         metric: "cosine", or "dot" (rows as they come).
         weight: [N], weight of each pair.
         reduction: "mean" (sum of w l over sum of w), "sum", or "none" ([N], w_i l_i).
-        backend: "torch", "triton", "reference" (N x N), or None for the best that can run.
+        backend: "cpu", "torch", "triton", "reference" (N x N), or None for the best that can run.
 
     Returns:
         0-dim tensor, or [N] with reduction="none"; float64 for float64 inputs, else float32. A single pair has loss 0. A tensor
@@ -103,7 +103,7 @@ def siglip(
         weight: [N], weight of each image.
         reduction: "mean" (sum of w l over sum of w: the sum over all pairs divided by N, as in the paper), "sum", or "none" ([N],
             w_i l_i).
-        backend: "torch", "triton", "reference" (N x N), or None for the best that can run.
+        backend: "cpu", "torch", "triton", "reference" (N x N), or None for the best that can run.
 
     Returns:
         0-dim tensor, or [N] with reduction="none"; float64 for float64 inputs, else float32. A tensor logit_scale <= 0 gives NaN.

@@ -59,7 +59,7 @@ def snnl(
         ignore_index: rows with this label are neither anchors nor candidates.
         reduction: "mean" (sum of w l over sum of w, anchors that count), "sum", or "none" ([N], w_i l_i, 0 at anchors
             that don't count).
-        backend: "torch", "triton", "reference" (N x N), or None for the best that can run.
+        backend: "cpu", "torch", "triton", "reference" (N x N), or None for the best that can run.
 
     Returns:
         0-dim tensor, or [N] with reduction="none": float64 for float64 (complex128) features, else float32. If no anchor
@@ -92,23 +92,18 @@ def snnl(
 
     no_positives = pos == -torch.inf
     if eps == 0:
-        losses, log_rest = _exact(pos, neg, no_positives)
+        margin = (pos - neg).masked_fill(no_positives, 0)  # its logistic is the fraction, and keeps its digits near 1
+        losses, log_rest = (-logsigmoid(margin)).masked_fill(no_positives, 0), logsigmoid(-margin) if focal else None
         counts = ~no_positives if no_positive == "skip" else torch.ones_like(no_positives)
     else:
         if metric == "cosine":  # distance 1 - s: eps is not blind to the 1
             pos, neg = pos - 1 / tau, neg - 1 / tau
         losses, log_rest = _stabilised(pos, neg, math.log(eps))
         counts = torch.ones_like(no_positives)
-    if focal:
+    if log_rest is not None and focal:
         losses = losses * torch.exp(focal * log_rest)
     losses, counts = losses + rows.poison, counts | rows.poison.isnan()  # also where the anchor has nothing to be compared with
     return anchors.reduce(losses, counts, given.weight, reduction, given.ignored)
-
-
-def _exact(pos: Tensor, neg: Tensor, no_positives: Tensor) -> tuple[Tensor, Tensor]:
-    """(-log p, log(1 - p)) with p = e^pos / (e^pos + e^neg): from the difference, which keeps its digits once p is near 1."""
-    margin = torch.where(no_positives, 0, pos - neg)
-    return torch.where(no_positives, 0, -logsigmoid(margin)), logsigmoid(-margin)
 
 
 def _stabilised(pos: Tensor, neg: Tensor, log_eps: float) -> tuple[Tensor, Tensor]:

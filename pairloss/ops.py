@@ -63,7 +63,7 @@ def row_stats(
         both_sides: also the statistics over the columns, from the same pass. Not with y=None, where they are the same.
         product_dtype: the dtype that the rows are rounded to before the products; None keeps x.dtype.
         logit_bound: a bound on every \|z_ij\| that the caller vouches for; small enough, no maximum is tracked.
-        backend: "reference", "torch", "triton" or None for the best that can run.
+        backend: "reference", "cpu", "torch", "triton" or None for the best that can run.
 
     Returns:
         rows [K, N] and cols [K, M] (M = 0 without both_sides) in x.dtype; K = 2 (pos, neg) with ids, 1 without.
@@ -81,7 +81,7 @@ def row_stats(
         raise ValueError(f"score: expected one of {SCORES}, got {score!r}")
     if score == "circle" and (ids_x is None or cutoff is not None):
         raise ValueError("score='circle': expected ids_x and cutoff=None")
-    pairs = (x, y, ids_x, _another(ids_y, ids_x), self_offset, row_bias, col_bias, product_dtype or x.dtype)
+    pairs = (x, y, *_int64(ids_x, ids_y), self_offset, row_bias, col_bias, product_dtype or x.dtype)
     how = (cutoff, score, m, gamma, both_sides, logit_bound)
     if backend == engines.REFERENCE:
         return reference.row_stats(Call(*pairs, *how))
@@ -117,9 +117,10 @@ def pair_sum(
         row_bias, col_bias: [N] and [M]. With y=None, row_bias counts for the anchor only (z_ij is not z_ji), and col_bias stays
             None. +inf over positives and -inf over negatives give 0, in value and gradient.
         over: "positives" (with ids) or "negatives".
-        term: "softplus", the logarithms above, or "linear", the sum of z_ij itself.
+        term: "softplus", the logarithms above, or "linear", the sum of z_ij itself (finite logits only).
         weights: [N] in x.dtype, to get sum_i weights_i sum_i. Its gradient is formed in the forward pass, which spares the backward pass
-            a product of all pairs, and held until then: the memory of x and y. A weight of 0 silences an infinite sum.
+            a product of all pairs, and held until then: the memory of x and y. (Where there is no backward pass, torch.no_grad() spares
+            forming it.) A weight of 0 silences an infinite sum.
         product_dtype, backend: as in :func:`row_stats`.
 
     Returns:
@@ -138,7 +139,7 @@ def pair_sum(
         raise ValueError(f"over: expected one of {OVER}, 'positives' with ids_x, got {over!r}")
     if term not in TERMS:
         raise ValueError(f"term: expected one of {TERMS}, got {term!r}")
-    pairs = (x, y, ids_x, _another(ids_y, ids_x), self_offset, row_bias, col_bias, product_dtype or x.dtype)
+    pairs = (x, y, *_int64(ids_x, ids_y), self_offset, row_bias, col_bias, product_dtype or x.dtype)
     if weights is None:
         sums = reference.pair_sum(Call(*pairs), over, term) if backend == engines.REFERENCE else PairSum.apply(*pairs, over, term, backend)
         return sums
@@ -181,7 +182,7 @@ def top_k(
     if not 1 <= k <= candidates:
         raise ValueError(f"k: expected 1 <= k <= {candidates}, the number of candidates, got {k}")
     y, col_bias = (None if v is None else v.detach() for v in (y, col_bias))
-    pairs = (x.detach(), y, ids_x, ids_y, self_offset, None, col_bias, product_dtype or x.dtype)
+    pairs = (x.detach(), y, *_int64(ids_x, ids_y), self_offset, None, col_bias, product_dtype or x.dtype)
     if backend == engines.REFERENCE:
         return reference.top_k(Call(*pairs, cutoff), k)
     return torch.ops.pairloss.top_k(*pairs, cutoff, k)
@@ -192,9 +193,10 @@ def selected_products(x: Tensor, y: Tensor, index: Tensor, *, product_dtype: tor
     return SelectedProducts.apply(x, y, index, product_dtype or x.dtype)
 
 
-def _another(ids_y: Tensor | None, ids_x: Tensor | None) -> Tensor | None:
-    """ids_y, not the very tensor that ids_x is: dynamo takes no tensor twice."""
-    return ids_y.view_as(ids_y) if ids_y is not None and ids_y is ids_x else ids_y
+def _int64(ids_x: Tensor | None, ids_y: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Both as engines take them, and never one tensor twice, which dynamo refuses."""
+    ids_x, ids_y = (None if ids is None else ids.long() for ids in (ids_x, ids_y))
+    return ids_x, ids_y.view_as(ids_y) if ids_y is not None and ids_y is ids_x else ids_y
 
 
 def _backend(backend: str | None) -> str | None:
@@ -228,5 +230,11 @@ def _check(
         ("row_bias", row_bias, x),
         ("col_bias", col_bias, candidates),
     ):
-        if vector is not None and vector.shape[0] != rows.shape[0]:
+        if vector is None:
+            continue
+        if vector.shape[0] != rows.shape[0]:
             raise ValueError(f"{name}: expected one entry per row, got shape {list(vector.shape)}")
+        if "bias" in name and (vector.dtype != x.dtype or vector.ndim != 1):
+            raise ValueError(f"{name}: expected {x.dtype} of shape [{rows.shape[0]}], got {vector.dtype} {list(vector.shape)}")
+        if "ids" in name and (vector.ndim > 2 or 0 in vector.shape[1:]):
+            raise ValueError(f"{name}: expected shape [N] or, multi-hot, [N, W] with W >= 1, got {list(vector.shape)}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .autograd import with_signature
 from .engines import without_autocast
 from .reference import rounded
 
@@ -60,8 +61,10 @@ def prepare(
     y, col_bias = (None, None) if ref_features is None else _cleared(ref_features, ref_ignored)
     if metric == "cosine":
         bound = 1 / tau if isinstance(tau, float) else math.inf
-        x = unit(x) * scale
-        return Rows(x, None if y is None else unit(y) * scale, row_bias, col_bias, product_dtype, bound, _poison(x))
+        x = unit(x, scale)
+        return Rows(
+            x, None if y is None else unit(y, scale), row_bias, col_bias, product_dtype, bound, _poison(x[:, :1])
+        )  # NaN in one column is NaN in all
 
     x = _poisoned(x * scale, product_dtype)
     y = None if y is None else _poisoned(y * scale, product_dtype)
@@ -109,16 +112,67 @@ def _cleared(features: Tensor, ignored: Tensor | None) -> tuple[Tensor, Tensor |
     return torch.where(ignored[:, None], 0, x), bias
 
 
-def unit(x: Tensor) -> Tensor:
+def unit(x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+    """Rows of norm `scale`, in the direction of x's; a norm below 1e-12 gives the zero row with gradient 0, one that overflows NaN."""
+    # A compiler fuses the steps by itself, and dynamo (2.13) fails to trace two of these Functions whose rows share a symbolic size.
+    return _scaled(x, scale) if torch.compiler.is_compiling() else _Unit.apply(x, scale)
+
+
+def _scaled(x: Tensor, scale: float | Tensor) -> Tensor:
+    return x * (_inverse_norm(x) * scale)
+
+
+class _Unit(torch.autograd.Function):
+    """_scaled with its derivative in closed form, a third of the operations that autograd would record.
+
+    With r = 1 / |x| and u = r x: dx = scale r (g - u <u, g>).
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    @with_signature
+    def forward(x: Tensor, scale: Any) -> Any:
+        return _scaled(x, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, scale = inputs
+        tensors = (x, scale) if isinstance(scale, Tensor) else (x,)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.scale = None if isinstance(scale, Tensor) else scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *tensors = ctx.saved_tensors
+        scale = tensors[0] if tensors else ctx.scale
+        inverse = _inverse_norm(x)
+        u = x * inverse
+        along = (grad * u).sum(1, keepdim=True)
+        dx = (grad - u * along) * (inverse * scale) if ctx.needs_input_grad[0] else None
+        return dx, along.sum() if ctx.needs_input_grad[1] else None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor | None, dscale: Tensor | None) -> Tensor:
+        x, *tensors = ctx.saved_tensors
+        scale = tensors[0] if tensors else ctx.scale
+        inverse = _inverse_norm(x)
+        u = x * inverse
+        tangent = torch.zeros_like(x) if dx is None else (dx - u * (dx * u).sum(1, keepdim=True)) * (inverse * scale)
+        return tangent if dscale is None else tangent + u * dscale
+
+
+def _inverse_norm(x: Tensor) -> Tensor:
+    """[N, 1]: 1 / |x|, 0 for a zero row, NaN for a norm that is not finite: 1 / inf would silently give the zero vector."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     zero = norm < ZERO_NORM
-    # A norm that overflows would silently give the zero vector.
-    norm = torch.where(zero, 1, torch.where(norm == torch.inf, torch.nan, norm))
-    return torch.where(zero, 0, x / norm)
+    norm = norm.masked_fill(zero, 1)
+    return (norm.reciprocal() + (norm - norm)).masked_fill(zero, 0)
 
 
 def _poison(x: Tensor) -> Tensor:
-    return x.detach().sum(1) * 0  # what is not finite is NaN in all of the row already
+    return x.detach().sum(1) * 0
 
 
 def _poisoned(x: Tensor, product_dtype: torch.dtype) -> Tensor:

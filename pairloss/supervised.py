@@ -55,7 +55,7 @@ def supcon(
             pairs, where they have no part. Anchors without negatives count: with loss 0 in "pairs" and "in" of one positive.
         reduction: "mean" ("out", "in": sum of w l over sum of w, anchors that count; "pairs": over sum of w |P|), "sum", or "none"
             ([N], w_i l_i, 0 at anchors that don't count).
-        backend: "torch", "triton", "reference" (N x N), or None for the best that can run.
+        backend: "cpu", "torch", "triton", "reference" (N x N), or None for the best that can run.
 
     Returns:
         0-dim tensor, or [N] with reduction="none": float64 for float64 (complex128) features, else float32. If no anchor counts, 0,
@@ -166,7 +166,7 @@ def circle(
         no_positive: anchors without positives or without negatives leave the mean ("skip") or count with loss 0 ("zero").
         reduction: "mean" (sum of w l over sum of w, anchors that count), "sum", or "none" ([N], w_i l_i, 0 at anchors that don't
             count).
-        backend: "torch", "triton", "reference" (N x N), or None for the best that can run.
+        backend: "cpu", "torch", "triton", "reference" (N x N), or None for the best that can run.
 
     Returns:
         0-dim tensor, or [N] with reduction="none": float64 for float64 (complex128) features, else float32. If no anchor counts

@@ -83,7 +83,7 @@ def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: l
     return [dx, dy, drow_bias, dcol_bias]
 
 
-def pair_sum(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> PairSum:
+def pair_sum_fwd_bwd(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> PairSum:
     pairs = Pairs(call)
     wanted = SETS.index(over)
     sums = call.x.new_zeros(call.x.shape[0]) if with_sums else None

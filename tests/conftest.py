@@ -46,6 +46,7 @@ def runnable() -> list[Engine]:
 
 RUNNABLE = runnable()
 TILED = [engine for engine in RUNNABLE if engine.name != engines.REFERENCE]
+ON_CPU = [engine.name for engine in TILED if engine.device == "cpu"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

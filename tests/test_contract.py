@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import DTYPES, TILES, tiles
+from conftest import DTYPES, ON_CPU, tiles
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pairloss.testing import LOSSES, Sample
@@ -17,13 +17,14 @@ def arguments(loss: str, option: str, n: int, d: int, dtype: torch.dtype = torch
     return sample, list(sample.differentiable)
 
 
-@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"tile-{tile or 'shipped'}")
+@pytest.mark.parametrize("tile", [4, None], ids=lambda tile: f"tile-{tile or 'shipped'}")  # 9 rows: several tiles, and one
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize(("loss", "option"), [case for case in CASES if not LOSSES[case[0]].detached])
-def test_gradcheck_through_the_tiles(loss, option, tile):
+def test_gradcheck_through_the_tiles(loss, option, backend, tile):
     sample, names = arguments(loss, option, 9, 3, torch.float64)
 
     def function(*values):
-        return LOSSES[loss].function(**dict(zip(names, values, strict=True)), **sample.others, backend="torch")
+        return LOSSES[loss].function(**dict(zip(names, values, strict=True)), **sample.others, backend=backend)
 
     with tiles(tile):
         assert torch.autograd.gradcheck(function, [v.requires_grad_() for v in sample.differentiable.values()])
@@ -73,6 +74,8 @@ def test_opcheck_of_the_other_ops(over):
     ops = torch.ops.pairloss
     torch.library.opcheck(ops.pair_sum.default, (*pairs, over, "softplus", "torch"))
     torch.library.opcheck(ops.pair_sum_backward.default, (*pairs, over, "softplus", "torch", torch.randn(9), [True] * 4))
+    for needs in ([True] * 4, [False, True, False, False], [False] * 4):
+        torch.library.opcheck(ops.pair_sum_with_grads.default, (*pairs, over, "softplus", "torch", torch.randn(9), needs))
     torch.library.opcheck(ops.top_k.default, (*pairs, torch.tensor(0.1), 3))
     index = ops.top_k(*pairs, None, 3)
     torch.library.opcheck(ops.selected_products.default, (x, y, index, torch.float32))

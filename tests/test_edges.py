@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiles
+from conftest import ON_CPU, tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -294,10 +294,10 @@ def test_any_paired_batch_is_finite_and_agrees_with_the_reference(name, ids, wit
 
 def agree(loss, sample, tile):
     truth = sample.run(loss, backend="reference")
-    with tiles(tile):
-        ours = sample.run(loss, backend="torch")
-    assert torch.isfinite(truth[0]).all()
-    torch.testing.assert_close(ours[0], truth[0], rtol=1e-9, atol=1e-12)
-    for name, grad in truth[1].items():
-        assert torch.isfinite(grad).all()
-        torch.testing.assert_close(ours[1][name], grad, rtol=1e-7, atol=1e-10)
+    assert all(torch.isfinite(v).all() for v in (truth[0], *truth[1].values()))
+    for backend in ON_CPU:
+        with tiles(tile):
+            ours = sample.run(loss, backend=backend)
+        torch.testing.assert_close(ours[0], truth[0], rtol=1e-9, atol=1e-12)
+        for name, grad in truth[1].items():
+            torch.testing.assert_close(ours[1][name], grad, rtol=1e-7, atol=1e-10)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from conftest import ON_CPU
 
 import pairloss
 from pairloss import circle, clip, contrastive, entanglement, nt_xent, siglip, simple_contrastive, snnl, supcon, uniformity
@@ -177,7 +178,8 @@ def test_label_smoothing_is_that_of_cross_entropy():
 
 @pytest.mark.parametrize("pool", ["anchor", "batch"])
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
-def test_circle_gradient_is_that_of_the_loss_with_frozen_factors(pool, metric):
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_circle_gradient_is_that_of_the_loss_with_frozen_factors(pool, metric, backend):
     """The factors held at x0, the loss is differentiable in the usual sense, and that is our gradient at x0."""
     x0 = X.double() / 3
 
@@ -206,7 +208,7 @@ def test_circle_gradient_is_that_of_the_loss_with_frozen_factors(pool, metric):
             with torch.enable_grad():
                 x = x0.clone().requires_grad_()
                 with pairloss.testing.tile_size(4):
-                    loss = circle(x, L, gamma=8, pool=pool, metric=metric, backend="torch")
+                    loss = circle(x, L, gamma=8, pool=pool, metric=metric, backend=backend)
                 torch.testing.assert_close(loss, frozen(x0))
                 return grad * torch.autograd.grad(loss, x)[0]
 
@@ -439,3 +441,52 @@ print(json.dumps(step({16384 if loss == "nt_xent" else 32768})))
     used = json.loads(result.stdout) / 1e6
     assert used < 150, f"{used:.0f} MB"
     assert used > 32768 * 64 * 4 / 1e6  # the gradient alone: less would mean that the measurement failed
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool], ids=str)
+@pytest.mark.parametrize("backend", [*ON_CPU, "reference"])
+def test_ids_of_any_integer_dtype(backend, dtype):
+    ids = torch.arange(N) % 2
+    for loss in (
+        lambda ids: contrastive(X, Y, 0.2, ids=ids, backend=backend),
+        lambda ids: contrastive(X, Y, 0.2, ids=ids, top_k=3, backend=backend),
+        lambda ids: contrastive(X, Y, 0.2, ids=ids, negative_keys=Y, negative_ids=ids, backend=backend),
+        lambda ids: nt_xent(X, Y, 0.2, ids=ids, backend=backend),
+        lambda ids: clip(X, Y, 5.0, ids=ids, backend=backend),
+        lambda ids: siglip(X, Y, 5.0, -2.0, ids=ids, backend=backend),
+    ):
+        assert torch.equal(loss(ids.to(dtype)), loss(ids))
+
+
+@pytest.mark.parametrize("backend", [*ON_CPU, "reference"])
+def test_siglip_under_a_torch_func_transform_of_something_else(backend):
+    """The inner transform wants no gradient of the rows, the outer one does."""
+
+    def outer(x):
+        return torch.func.grad(lambda c: c * siglip(x * 1, Y, 5.0, -2.0, backend=backend))(torch.ones(()))
+
+    expected = torch.func.grad(lambda x: siglip(x, Y, 5.0, -2.0, backend="reference"))(X)
+    torch.testing.assert_close(torch.func.grad(outer)(X), expected)
+
+
+def test_the_reference_has_every_kind_of_derivative():
+    x, labels = X[:4, :3].double(), torch.tensor([0, 0, 1, 1])
+
+    def loss(x):
+        return snnl(x, labels, 0.3, no_positive="zero", backend="reference")
+
+    hessian = torch.func.hessian(loss)(x)
+    torch.testing.assert_close(hessian, torch.autograd.functional.hessian(loss, x))
+    tangent = torch.ones_like(x)
+    torch.testing.assert_close(torch.func.jvp(loss, (x,), (tangent,))[1], torch.func.grad(loss)(x).sum())
+    torch.testing.assert_close(torch.func.vmap(loss)(torch.stack([x, 2 * x])), torch.stack([loss(x), loss(x)]))
+    tau = torch.tensor(0.3, dtype=torch.float64)
+    of_tau = torch.func.jvp(lambda tau: snnl(x, labels, tau, no_positive="zero", backend="reference"), (tau,), (torch.ones_like(tau),))[1]
+    torch.testing.assert_close(of_tau, torch.func.grad(lambda tau: snnl(x, labels, tau, no_positive="zero", backend="reference"))(tau))
+
+
+def test_a_centre_that_overflows_makes_every_row_nan():
+    x = torch.zeros(4, 3)
+    x[:, 1] = 2e38
+    losses = snnl(x, torch.arange(4), 1.0, metric="sqeuclidean", no_positive="zero", reduction="none")
+    assert losses.isnan().all()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import INTERPRETED, TILED, TILES, assert_rule, skip_if_unable, tiles
+from conftest import INTERPRETED, ON_CPU, RUNNABLE, TILED, TILES, assert_rule, skip_if_unable, tiles
 
 from pairloss.ops import pair_sum
 
@@ -72,14 +72,15 @@ def test_sums_and_gradients(engine, option, over, term, dtype, tile):
         assert_rule(f"gradient of {name}", grad, truth[1][name], eager[1][name], dtype)
 
 
-@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"tile-{tile or 'shipped'}")
+@pytest.mark.parametrize("tile", [4, None], ids=lambda tile: f"tile-{tile or 'shipped'}")
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize(("option", "over"), [case for case in CASES if "infinite" not in case[0]])
-def test_gradcheck_through_the_tiles(option, over, tile):
+def test_gradcheck_through_the_tiles(option, over, backend, tile):
     differentiable, others = arguments(9, 7, option, over)
     names = [name for name, v in differentiable.items() if v is not None]
 
     def function(*values):
-        return pair_sum(**dict(zip(names, values, strict=True)), **others, backend="torch")
+        return pair_sum(**dict(zip(names, values, strict=True)), **others, backend=backend)
 
     with tiles(tile):
         assert torch.autograd.gradcheck(function, [differentiable[name].requires_grad_() for name in names])
@@ -97,3 +98,54 @@ def test_gradcheck_through_the_tiles(option, over, tile):
 def test_arguments_that_do_not_fit_are_named(changed, message):
     with pytest.raises(ValueError, match=message):
         pair_sum(torch.zeros(3, 2), **changed)
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("tile", [4, None], ids=lambda tile: f"tile-{tile or 'shipped'}")
+@pytest.mark.parametrize(("option", "over"), CASES)
+@pytest.mark.parametrize("engine", TILED, ids=lambda engine: "-".join(engine))
+def test_weights_give_the_weighted_sum_and_its_gradients_at_once(engine, option, over, tile):
+    """To the bits of sums that are weighted afterwards where the engine adds up alike, and within the floor in any case."""
+    if "words" in option and engine.name == "triton":
+        pytest.skip("triton does not serve multi-hot words")
+    differentiable, others = arguments(14, 11, option, over)
+    leaves = {k: None if v is None else v.to(engine.device, torch.float32).requires_grad_() for k, v in differentiable.items()}
+    weights = torch.linspace(-0.5, 1, 14, device=engine.device).requires_grad_()
+    moved = {k: v.to(engine.device) if isinstance(v, torch.Tensor) else v for k, v in others.items()} | {"backend": engine.name}
+    wanted = [weights, *(v for v in leaves.values() if v is not None)]
+    with tiles(tile):
+        total = pair_sum(**leaves, **moved, weights=weights)
+        ours = torch.autograd.grad(3 * total, wanted)
+        afterwards = pair_sum(**leaves, **moved) @ weights
+        theirs = torch.autograd.grad(3 * afterwards, wanted)
+        with torch.no_grad():
+            torch.testing.assert_close(pair_sum(**leaves, **moved, weights=weights), afterwards)
+    torch.testing.assert_close(total, afterwards)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * b.abs().max().item())
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("engine", RUNNABLE, ids=lambda engine: "-".join(engine))
+def test_a_weight_of_zero_silences_an_infinite_sum(engine):
+    to = {"device": engine.device}
+    x = torch.tensor([[1.0], [2.0], [3.0]], **to, requires_grad=True)
+    bias, weights = torch.tensor([torch.inf, 0.0, 0.0], **to), torch.tensor([0.0, 1.0, 1.0], **to)
+    total = pair_sum(x, torch.ones(1, 1, **to), None, None, None, bias, over="negatives", weights=weights, backend=engine.name)
+    assert total.item() == pytest.approx(torch.nn.functional.softplus(torch.tensor([2.0, 3.0])).sum().item(), rel=1e-6)
+    grad = torch.autograd.grad(total, x)[0]
+    torch.testing.assert_close(grad, torch.tensor([[0.0], [2.0], [3.0]], **to).sigmoid() * weights[:, None])
+
+
+def test_second_derivatives_of_a_weighted_sum_are_refused():
+    x = torch.randn(5, 3, requires_grad=True)
+    total = pair_sum(x, over="negatives", weights=torch.ones(5))
+    grad = torch.autograd.grad(total, x, create_graph=True)[0]
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        grad.sum().backward()
+
+
+def test_weights_that_do_not_fit_are_named():
+    for weights in (torch.ones(2), torch.ones(3, dtype=torch.float64)):
+        with pytest.raises(ValueError, match=r"weights: expected torch.float32 of shape \[3\]"):
+            pair_sum(torch.zeros(3, 2), over="negatives", weights=weights)

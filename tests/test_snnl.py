@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import RUNNABLE, TILED, assert_rule, tiles
+from conftest import ON_CPU, RUNNABLE, TILED, assert_rule, tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -309,10 +309,11 @@ def test_any_labels_and_shapes_agree_with_the_reference(labels, d, tau, metric, 
     }
     sample = Sample({"features": x}, others)
     truth = sample.run(snnl, backend="reference")
-    with tiles(tile):
-        ours = sample.run(snnl, backend="torch")
-    torch.testing.assert_close(ours[0], truth[0], rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(ours[1]["features"], truth[1]["features"], rtol=1e-7, atol=1e-10)
+    for backend in ON_CPU:
+        with tiles(tile):
+            ours = sample.run(snnl, backend=backend)
+        torch.testing.assert_close(ours[0], truth[0], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(ours[1]["features"], truth[1]["features"], rtol=1e-7, atol=1e-10)
 
 
 X = torch.randn(4, 3)

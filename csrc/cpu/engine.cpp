@@ -79,8 +79,10 @@ const Kernels<T>& kernels() {
 constexpr double CACHE_SHARE = 0.3;
 constexpr int64_t CACHE_BYTES = 512 << 10;  // where the system doesn't say
 constexpr int64_t LARGEST_TILE = 512;
-// Floating-point operations that pay for another thread.
-constexpr double THREAD_FLOPS = 4e6;
+// Floating-point operations that pay for another thread; tests want threads for less.
+#ifndef PAIRLOSS_THREAD_FLOPS
+#define PAIRLOSS_THREAD_FLOPS 4e6
+#endif
 
 int64_t cache_bytes() {
 #ifdef _SC_LEVEL2_CACHE_SIZE
@@ -117,13 +119,13 @@ void in_parallel(int threads, F f) {
 #pragma omp parallel num_threads(threads)
   f(omp_get_thread_num());
 #else
-  std::vector<std::thread> others;
+  std::vector<std::jthread> others;  // which join when they go
+  others.reserve(threads);
   try {
     for (int t = 1; t < threads; ++t) others.emplace_back(f, t);
   } catch (const std::system_error&) {
   }
   f(0);
-  for (std::thread& other : others) other.join();
 #endif
 }
 
@@ -169,7 +171,7 @@ class Run {
     pairs_.cutoff = T(call.cutoff);
     pairs_.bounded = false;
     const double pairs = double(call.n) * m_ / (symmetric_ ? 2 : 1);
-    const double worth = std::max(1.0, std::min(2 * pairs * call.d / THREAD_FLOPS, double(std::min(blocks_x_, blocks_y_))));
+    const double worth = std::max(1.0, std::min(2 * pairs * call.d / PAIRLOSS_THREAD_FLOPS, double(std::min(blocks_x_, blocks_y_))));
     threads_ = std::clamp(int(worth), 1, std::max(1, call.threads));
   }
 
@@ -226,9 +228,15 @@ class Run {
       }
     }
 
+    // [2, K, n], as pairloss.engines.normalised.
     void put(T* to, int64_t n) const {
-      for (const std::vector<T>* part : {&s, &m}) {
-        for (int k = 0; k < sets; ++k, to += n) std::copy_n(part->data() + k * stride, n, to);
+      for (int k = 0; k < sets; ++k) {
+        for (int64_t i = 0; i < n; ++i) {
+          const T si = s[k * stride + i], mi = m[k * stride + i];
+          const T log_sum = si == 0 ? T(0) : std::abs(mi) < T(1 << 22) ? mi + std::log(si) : mi;
+          to[k * n + i] = si == 0 ? T(0) : si * std::exp(mi - log_sum);
+          to[(sets + k) * n + i] = log_sum;
+        }
       }
     }
   };

@@ -221,9 +221,8 @@ template <class T>
 void widen(int64_t n, const T* g, const T* m, T* low, T* high) {
   for (int64_t i = 0; i < n; ++i) {
     if (g[i] == 0) continue;
-    // Written so that a NaN sticks.
-    if (!(m[i] >= *low)) *low = m[i];
-    if (!(m[i] <= *high)) *high = m[i];
+    if (m[i] < *low || m[i] != m[i]) *low = m[i];  // a NaN sticks
+    if (m[i] > *high || m[i] != m[i]) *high = m[i];
   }
 }
 
@@ -330,12 +329,13 @@ void pair_sum(Pairs<T> p, Tile t, Scratch<T> b, T* sums, const T* weights, T* ro
         const IntVec<T> same = same_id<T, true>(p, t, i, j);
         s = (POSITIVE ? same : ~same) ? s : broadcast(-sign * INFINITE<T>);
       }
-      const TermOf of_row(sign * (s + (bias + load(p.y.bias + t.j + j))));
+      const IntVec<T> none = s == -sign * INFINITE<T>;  // whatever the bias
+      const TermOf of_row(none ? broadcast(-INFINITE<T>) : sign * (s + (bias + load(p.y.bias + t.j + j))));
       row_sum += of_row.value;
       Vec<T> w = weight * of_row.slope;
       row_weight += w;
       if (t.mirrored) {  // x against itself: an anchor's bias counts in its own role only
-        const TermOf of_col(sign * (s + load(p.x.bias + t.j + j)));
+        const TermOf of_col(none ? broadcast(-INFINITE<T>) : sign * (s + load(p.x.bias + t.j + j)));
         const Vec<T> w_col = weights ? load(weights + t.j + j) * of_col.slope : Vec<T>{};
         store(col_sums + j, load(col_sums + j) + of_col.value);
         store(col_weights + j, load(col_weights + j) + w_col);

@@ -12,7 +12,7 @@
 namespace pairloss {
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(PAIRLOSS_WIDE)  // tests build the wide form for processors without it
 constexpr int VECTOR_BYTES = 64, REGISTERS = 32;
 #elif defined(__AVX__)
 constexpr int VECTOR_BYTES = 32, REGISTERS = 16;
@@ -92,14 +92,14 @@ inline V smaller(V a, V b) {
   return b < a ? b : a;
 }
 
-// v, rounded: keeps the compiler from fusing a product into the addition that follows.
+// v, rounded: keeps the compiler from fusing a product into the addition that follows, where there are such instructions.
 template <class V>
 inline V rounded(V v) {
-#if defined(__x86_64__) && defined(__AVX512F__)
+#if defined(__AVX512F__)
   asm("" : "+v"(v));
-#elif defined(__x86_64__)
+#elif defined(__FMA__)
   asm("" : "+x"(v));
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && !defined(PAIRLOSS_WIDE)
   asm("" : "+w"(v));
 #endif
   return v;

@@ -1,0 +1,125 @@
+// Runs the CPU engine through every form, on arrays without a spare entry, and writes what it computes to the file named first: for
+// sanitizers, and to compare builds. Numbers are fixed; the second argument is the number of threads.
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "../csrc/cpu/engine.h"
+
+namespace {
+
+std::mt19937 engine(0);
+std::FILE* out;
+
+template <class T>
+class Array {  // on the heap, exactly as long as it says: sanitizers see what is read beyond
+ public:
+  explicit Array(int64_t n) : size_(n), data_(new T[n]()) {}
+  T* get() const { return data_.get(); }
+  int64_t size() const { return size_; }
+
+ private:
+  int64_t size_;
+  std::unique_ptr<T[]> data_;
+};
+
+template <class T>
+Array<T> random(int64_t n, double spread) {
+  Array<T> a(n);
+  std::normal_distribution<double> normal(0, spread);
+  for (int64_t i = 0; i < n; ++i) a.get()[i] = T(normal(engine));
+  return a;
+}
+
+Array<int64_t> ids(int64_t n, int64_t words, int64_t factor) {
+  Array<int64_t> a(n * (words ? words : 1));
+  for (int64_t i = 0; i < a.size(); ++i) {
+    const int64_t id = engine() % 5;
+    a.get()[i] = words ? int64_t(1) << (id * 15 + engine() % 2) : id * factor;
+  }
+  return a;
+}
+
+template <class T>
+void write(const Array<T>& a) {
+  for (int64_t i = 0; i < a.size(); ++i) {
+    const double value = a.get()[i];
+    std::fwrite(&value, sizeof value, 1, out);
+  }
+}
+
+template <class T>
+void run(pairloss::Call call, double spread) {
+  const int64_t n = call.n, m = call.symmetric ? n : call.m, sets = call.has_ids ? 2 : 1;
+  const Array<T> x = random<T>(n * call.d, spread), y = random<T>(m * call.d, spread);
+  const Array<T> row_bias = random<T>(n, 1), col_bias = random<T>(m, 1), weights = random<T>(n, 1);
+  const Array<int64_t> ids_x = ids(n, call.words, 1), ids_y = ids(m, call.words, 1);
+  call.is_double = sizeof(T) == 8;
+  call.x = x.get();
+  if (!call.symmetric) call.y = y.get();
+  if (call.has_ids) call.ids_x = ids_x.get();
+  if (call.has_ids && !call.symmetric) call.ids_y = ids_y.get();
+  call.row_bias = row_bias.get();
+  if (!call.symmetric) call.col_bias = col_bias.get();
+
+  const bool both_sides = !call.symmetric;
+  Array<T> rows(2 * sets * n), cols(both_sides ? 2 * sets * m : 0), dx(n * call.d), dy(m * call.d), drow(n), dcol(m), sums(n);
+  const auto of_y = [&](const Array<T>& a) { return call.symmetric ? nullptr : a.get(); };
+  pairloss::row_stats(call, rows.get(), both_sides ? cols.get() : nullptr);
+  write(rows);
+  write(cols);
+  pairloss::row_stats_backward(call, rows.get(), both_sides ? cols.get() : nullptr, dx.get(), of_y(dy), drow.get(), of_y(dcol));
+  for (const Array<T>* a : {&dx, &dy, &drow, &dcol}) write(*a);
+  if (call.circle) return;
+  for (bool positives : {false, true}) {
+    if (positives && !call.has_ids) continue;
+    for (bool softplus : {false, true}) {
+      Array<T> sx(n * call.d), sy(m * call.d), srow(n), scol(m);
+      pairloss::pair_sum(
+          call, positives, softplus, sums.get(), weights.get(), sx.get(), of_y(sy), srow.get(), of_y(scol));
+      for (const Array<T>* a : {&sums, &sx, &sy, &srow, &scol}) write(*a);
+    }
+  }
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  out = std::fopen(arguments[1], "wb");
+  if (!out) return 2;
+  for (int64_t n : {1, 7, 50}) {
+    for (int64_t d : {1, 19, 300}) {  // 300: more than one stretch of terms
+      for (bool symmetric : {true, false}) {
+        for (int64_t words : {-1, 0, 2}) {  // no ids, ids, multi-hot
+          for (bool circle : {false, true}) {
+            for (double spread : {0.1, 3.0}) {  // one shift for a tile, and one for each row and column
+              if (circle && words < 0) continue;
+              pairloss::Call call{};
+              call.symmetric = symmetric;
+              call.has_ids = words >= 0;
+              call.words = words > 0 ? words : 0;
+              call.n = n;
+              call.m = n + 5;
+              call.d = d;
+              call.has_self = true;
+              call.self_offset = symmetric ? 0 : 2;
+              call.circle = circle;
+              call.margin = 0.25;
+              call.gamma = 4;
+              call.cutoff = circle || symmetric ? -std::numeric_limits<double>::infinity() : -0.5;
+              call.logit_bound = std::numeric_limits<double>::infinity();
+              call.tile = 16;
+              call.threads = std::atoi(arguments[2]);
+              run<float>(call, spread / d);
+              run<double>(call, spread / d);
+            }
+          }
+        }
+      }
+    }
+  }
+  return std::fclose(out);
+}

@@ -1,0 +1,185 @@
+"""The C++ engine by itself: every instruction set, number of threads and length of rows; sanitizers; how it is built or not."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_rule, tiles
+
+import pairloss
+from pairloss import cpu, engines, testing
+from pairloss.ops import pair_sum, row_stats
+
+ROOT = Path(__file__).parent.parent
+needs_extension = pytest.mark.skipif(cpu._missing is not None, reason=f"pairloss._cpu: {cpu._missing}")
+
+
+def missing_sanitizers() -> str | None:
+    if shutil.which("g++") is None:
+        return "no g++"
+    for flag in ("-fsanitize=address,undefined", "-fsanitize=thread"):
+        command = ["g++", "-x", "c++", flag, "-", "-o", os.devnull]
+        if subprocess.run(command, input="int main() {}", text=True, capture_output=True).returncode != 0:
+            return f"g++ has no library for {flag}"
+    return None
+
+
+FORMS = ("self", "self-circle", "two-cutoff", "positives", "negatives")
+
+
+def run(form: str, n: int, d: int, dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
+    """What a form of the primitive gives, with its gradients."""
+    generator = torch.Generator().manual_seed(n + d)
+    x, y = (torch.randn(size, d, generator=generator, dtype=torch.float64).div_(d**0.5) for size in (n, n + 9))
+    bias, ids = torch.randn(n, generator=generator, dtype=torch.float64), torch.randint(0, 4, (n + 9,), generator=generator)
+    leaves = [v.to(dtype).requires_grad_() for v in (x, y, bias)]
+    x, y, bias = leaves
+    if form.startswith("self"):
+        score = {"score": "circle", "m": 0.25, "gamma": 8.0} if "circle" in form else {}
+        out = row_stats(x, None, ids[:n], self_offset=0, row_bias=bias, **score, backend=backend)[0]
+        out = out + 0 * y.sum()
+    elif form == "two-cutoff":
+        both = row_stats(x, y, None, None, 3, bias, cutoff=torch.tensor(-0.1, dtype=dtype), both_sides=True, backend=backend)
+        out = torch.cat(both, 1)
+    else:
+        out = pair_sum(x, y, ids[:n], ids, 3, bias, over=form, backend=backend)
+    weights = torch.linspace(0.5, 1.5, out.numel(), dtype=dtype).view_as(out)
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), leaves)]
+
+
+def assert_right(form: str, n: int, d: int, dtype: torch.dtype) -> None:
+    truth = run(form, n, d, torch.float64, "reference")
+    eager = run(form, n, d, dtype, "reference")
+    for name, *values in zip(("values", "dx", "dy", "dbias"), run(form, n, d, dtype, "cpu"), truth, eager, strict=True):
+        assert_rule(name, *values, dtype)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("target", [] if cpu._missing else cpu._cpu.targets())
+def test_every_instruction_set_of_this_processor(target, form, dtype):
+    cpu._cpu.use_target(target)
+    try:
+        with tiles(32):
+            assert_right(form, 101, 37, dtype)
+    finally:
+        cpu._cpu.use_target("")
+
+
+@needs_extension
+def test_an_instruction_set_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"target: expected one of pairloss\._cpu\.targets"):
+        cpu._cpu.use_target("avx1024")
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("n", "d"), [(450, 5), (30, 600)], ids=["shipped tiles", "long rows"])
+def test_sizes_at_which_the_work_is_split(n, d, form, dtype):
+    """More rows than a shipped tile has, and more columns than one stretch of a product."""
+    assert_right(form, n, d, dtype)
+
+
+@needs_extension
+@pytest.mark.parametrize("loss", ["snnl", "clip", "siglip", "circle", "supcon"])
+def test_the_same_bits_for_any_number_of_threads(loss):
+    spec = testing.LOSSES[loss]
+    sample = spec.sample(700, 24, 0, spec.options[0]).to(torch.float32)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4, 7):
+            torch.set_num_threads(threads)
+            with tiles(64):  # 11 x 11
+                results.append(sample.run(spec.function, backend="cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for loss_value, grads in results[1:]:
+        # O(N) steps around the engine are torch's, and may be split by threads: the gradient of a scalar is such a sum.
+        assert all(torch.equal(grad, results[0][1][name]) for name, grad in grads.items() if grad.ndim > 0)
+        torch.testing.assert_close(loss_value, results[0][0], rtol=1e-6, atol=0)
+
+
+def test_without_the_extension_the_tiles_of_torch_serve(monkeypatch):
+    monkeypatch.setattr(cpu, "_missing", "no such file")
+    features, labels = torch.randn(9, 4), torch.arange(9) % 3
+    call = engines.Call(features, None, labels, None, 0, None, None, torch.float32)
+    assert engines.choose(call, None).__name__ == "pairloss.tiled"
+    with pytest.raises(RuntimeError, match=r"backend='cpu' can't run here: the extension pairloss._cpu is not built \(no such file\)"):
+        pairloss.snnl(features, labels, 0.1, backend="cpu")
+
+
+def build_without_compiler(tmp_path: Path, wanted: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
+    environment = os.environ | {"CXX": "/nonexistent/c++", "PAIRLOSS_CPU": wanted, "PAIRLOSS_CUDA": "0"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_an_install_without_compiler_says_in_a_paragraph_what_it_lacks(tmp_path):
+    done = build_without_compiler(tmp_path, "")
+    assert done.returncode == 0, done.stderr
+    assert 'the C++ engine "cpu" was not built' in done.stderr
+    assert "C++20 compiler" in done.stderr
+    assert len(done.stderr.splitlines()) < 12
+    assert not list((tmp_path / "lib").glob("**/*.so"))
+
+
+def test_an_extension_that_is_demanded_must_build(tmp_path):
+    done = build_without_compiler(tmp_path, "1")
+    assert done.returncode != 0
+    assert "was not built" in done.stderr
+    assert "was not built" not in build_without_compiler(tmp_path, "0").stderr
+
+
+def test_an_install_without_pybind11_says_so(tmp_path, monkeypatch):
+    (tmp_path / "pybind11.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = build_without_compiler(tmp_path, "")
+    assert done.returncode == 0, done.stderr
+    assert "pybind11 was not found." in done.stderr
+
+
+BUILDS = {
+    "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "thread": ("-fsanitize=thread",),
+    "wide": ("-DPAIRLOSS_WIDE", "-w"),  # vectors of 64 bytes, as for AVX-512, on any processor
+}
+
+
+def every_form(tmp_path: Path, build: str, threads: int) -> np.ndarray:
+    """What tests/every_form.cpp computes in this build; no OpenMP, whose library thread sanitizers don't know."""
+    program, out = tmp_path / build, tmp_path / f"{build}.bin"
+    sources = ["tests/every_form.cpp", "csrc/cpu/engine.cpp", "csrc/cpu/kernels.cpp"]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-ffp-contract=off",
+        "-DPAIRLOSS_TARGET=baseline",
+        "-DPAIRLOSS_THREAD_FLOPS=1",
+        "-pthread",
+        *BUILDS[build],
+    ]
+    subprocess.run(["g++", *flags, *sources, "-o", str(program)], cwd=ROOT, check=True)
+    done = subprocess.run([str(program), str(out), str(threads)], capture_output=True, text=True)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("this thread sanitizer does not know this kernel's address space")
+    assert done.returncode == 0, done.stderr[:3000]
+    return np.fromfile(out)
+
+
+def test_sanitizers_and_wide_vectors(tmp_path):
+    """No access out of bounds, no undefined behaviour, no race; the same bits for 2 and 4 threads; vectors of 64 bytes compute the same."""
+    reason = missing_sanitizers()
+    if reason is not None:
+        pytest.skip(reason)
+    results = {build: every_form(tmp_path, build, threads) for build, threads in (("address", 2), ("thread", 4), ("wide", 3))}
+    assert len(results["address"]) > 1_000_000
+    assert np.isfinite(results["address"]).all()
+    assert np.array_equal(results["address"], results["thread"])
+    np.testing.assert_allclose(results["wide"], results["address"], rtol=1e-4, atol=1e-5)  # in float32, some cancel
