@@ -55,9 +55,9 @@ struct OwnedRows : Block<T> {
     for (int k = 0; k < 2; ++k) {
       if (this->set == 1 - k) continue;
       const A* of_set = ranges + entry_of(k, p.sets) * tiles + tile;
-      // Written so that a NaN sticks.
-      if (!(of_set[0] >= *low)) *low = of_set[0];
-      if (!(of_set[p.sets * tiles] <= *high)) *high = of_set[p.sets * tiles];
+      const A least = of_set[0], greatest = of_set[p.sets * tiles];
+      if (least < *low || least != least) *low = least;  // a NaN sticks
+      if (greatest > *high || greatest != greatest) *high = greatest;
     }
   }
 
