@@ -32,7 +32,7 @@ from cases import LOSSES, PROVIDERS, Case, Outcome, check_agreement, step_of, wh
 from pairloss import engines
 
 RESULTS = Path(__file__).parent / "results"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COLUMNS = [
     *("date", "commit", "machine", "device", "threads", "torch", "triton", "pytorch-metric-learning"),
     *("loss", "provider", "engine", "n", "d", "dtype", "quantity", "p20", "p50", "p80", "rounds"),
