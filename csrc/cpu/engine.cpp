@@ -211,8 +211,6 @@ class Run {
   }
 
  private:
-  static constexpr double NO_SHIFT = 28;
-
   struct SumsOf {
     std::vector<T> s, m;
     Sums<T> sums;

@@ -11,9 +11,9 @@
 namespace pairloss {
 namespace {
 
-// Logits this close together share one shift: e^-55 below the largest, 14 digits are left below the smallest for sums. Those this
-// close to 0 need none. As in pairloss/pairs.py.
-constexpr double SPREAD = 55, NO_SHIFT = 28;
+// Logits this close together share one shift: e^-55 below the largest, 14 digits are left below the smallest for sums. As in
+// pairloss/pairs.py.
+constexpr double SPREAD = 55;
 
 template <class T>
 constexpr T INFINITE = std::numeric_limits<T>::infinity();

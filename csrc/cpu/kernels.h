@@ -9,6 +9,9 @@ namespace pairloss {
 // Vectors are read in whole registers: every array of this engine goes on for so many entries.
 constexpr int PADDING = 64;
 
+// |z| up to which e^z needs no shift. As in pairloss/pairs.py.
+constexpr double NO_SHIFT = 28;
+
 enum Set { POSITIVES = 0, NEGATIVES = 1, MIXED = 2 };
 
 // Ids are as wide as numbers, so that a comparison of ids selects numbers.
