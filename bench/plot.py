@@ -62,7 +62,7 @@ def style(axes: Axes, sizes: list[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--losses", nargs="+", default=["supcon", "circle", "nt_xent"])
+    parser.add_argument("--losses", nargs="+", default=["snnl", "supcon", "circle"])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=ROOT / "docs/growth.png")
     arguments = parser.parse_args()
