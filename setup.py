@@ -13,7 +13,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 WITHOUT = {
-    "cpu": "the PyTorch tiles will serve in its place (two to four times slower).",
+    "cpu": "the slower PyTorch tiles will serve in its place.",
     "cuda": "Triton's kernels or the PyTorch tiles will serve in its place.",
 }
 NEEDS = {

@@ -9,7 +9,7 @@ import re
 import torch
 from torch import Tensor
 
-from ..engines import Call, PairSum
+from ..engines import Call, SumsAndGrads
 
 OLDEST_TRITON = (3, 6)  # the oldest seen: bench/notes.md
 OLDEST_CAPABILITY = (8, 0)  # bfloat16 and tf32 matrix units, asynchronous copies
@@ -41,7 +41,7 @@ def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: l
     return launch.row_stats_bwd(call, row_weights, col_weights, needs)
 
 
-def pair_sum_fwd_bwd(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> PairSum:
+def pair_sum_fwd_bwd(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> SumsAndGrads:
     from . import launch
 
     sums = launch.pair_sum_fwd(call, over, term) if with_sums else None

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import checks
 from .prepare import loss_dtype, real_view
+from .reference import without_silent
 
 
 class Labelled(NamedTuple):
@@ -106,11 +107,8 @@ def reduce(losses: Tensor, counts: Tensor, weight: Tensor | None, reduction: str
     """none: w_i l_i, 0 where the anchor doesn't count. sum: their sum. mean: sum(w l) / sum(w) over anchors that count, 0 if none does."""
     if ignored is not None:
         counts = counts & ~ignored
-    if weight is None:
-        weighted = losses.masked_fill(~counts, 0)
-    else:  # a weight of 0 silences an infinite loss, but no NaN
-        silent = (weight == 0) & losses.isinf()
-        weighted = (weight * losses.masked_fill(silent, 0)).masked_fill(silent | ~counts, 0)
+    weighted = losses if weight is None else weight * without_silent(losses, weight)
+    weighted = weighted.masked_fill(~counts, 0)
     if reduction == "none":
         return weighted
     total = weighted.sum()
@@ -132,4 +130,4 @@ def shares(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     if reduction == "sum":
         return weight
     total = weight.sum()
-    return weight / torch.where(total == 0, 1, total)
+    return weight / total.masked_fill(total == 0, 1)

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import engines, selection
 from .engines import Call
 from .order import LabelOrder
+from .reference import without_silent
 
 _library = torch.library.Library("pairloss", "DEF")
 
@@ -241,11 +242,6 @@ class PairTotal(torch.autograd.Function):
         for i, v in zip((i for i, has in zip(_DIFFERENTIABLE, formed, strict=True) if has), scaled, strict=True):
             result[i] = v
         return tuple(result)
-
-
-def without_silent(sums: Tensor, weights: Tensor) -> Tensor:
-    """A weight of 0 silences an infinite sum, but no NaN."""
-    return torch.where((weights == 0) & sums.isinf(), 0, sums)
 
 
 def _multiplied(count: int, factor: Tensor, *tensors: Tensor) -> list[Tensor]:

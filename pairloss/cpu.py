@@ -8,7 +8,7 @@ torch.get_num_threads(), with the same bits for any number of them.
 import torch
 from torch import Tensor
 
-from .engines import Call, PairSum, tile_size, zero_grads
+from .engines import Call, SumsAndGrads, tile_size, zero_grads
 
 _missing: str | None = None
 try:
@@ -48,7 +48,7 @@ def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: l
     return grads
 
 
-def pair_sum_fwd_bwd(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> PairSum:
+def pair_sum_fwd_bwd(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> SumsAndGrads:
     arguments, grads = _Arguments(call), zero_grads(call, needs)
     sums = call.x.new_zeros(call.x.shape[0]) if with_sums else None
     weights = None if weights is None else weights.contiguous()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import operands
-from .engines import Call, PairSum, tile_size
+from .engines import Call, SumsAndGrads, tile_size
 from .operands import GROUPS, NO_SHIFT, SETS
 
 _cuda: Any
@@ -85,7 +85,7 @@ def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: l
     return _grads(call, _Form("exp", 1), row_weights, col_weights if call.both_sides else None, scale, needs, False)[1]
 
 
-def pair_sum_fwd_bwd(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> PairSum:
+def pair_sum_fwd_bwd(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> SumsAndGrads:
     form = _Form(term, SETS.index(over))
     if weights is None:
         weights, needs = call.x.new_zeros(call.x.shape[0]), [False] * 4
@@ -122,7 +122,7 @@ class _Side(NamedTuple):
 
 def _grads(
     call: Call, form: _Form, row_weights: Tensor, col_weights: Tensor | None, scale: Tensor, needs: list[bool], with_sums: bool
-) -> PairSum:
+) -> SumsAndGrads:
     tile = _Tile.of(call)
     x, y = _sides(call, tile)
     x = x._replace(weights=row_weights.contiguous())

@@ -45,7 +45,7 @@ DEFAULT_BACKEND = os.environ.get("PAIRLOSS_BACKEND") or None
 _tile_override: int | None = None
 
 
-PairSum = tuple[Tensor | None, list[Tensor | None]]
+SumsAndGrads = tuple[Tensor | None, list[Tensor | None]]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import engines, reference
-from .autograd import PairSum, PairTotal, RowStats, SelectedProducts, without_silent
+from .autograd import PairSum, PairTotal, RowStats, SelectedProducts
 from .engines import Call
 
 SCORES = ("linear", "circle")
@@ -141,12 +141,11 @@ def pair_sum(
         raise ValueError(f"term: expected one of {TERMS}, got {term!r}")
     pairs = (x, y, *_int64(ids_x, ids_y), self_offset, row_bias, col_bias, product_dtype or x.dtype)
     if weights is None:
-        sums = reference.pair_sum(Call(*pairs), over, term) if backend == engines.REFERENCE else PairSum.apply(*pairs, over, term, backend)
-        return sums
+        return reference.pair_sum(Call(*pairs), over, term) if backend == engines.REFERENCE else PairSum.apply(*pairs, over, term, backend)
     if weights.shape != x.shape[:1] or weights.dtype != x.dtype:
         raise ValueError(f"weights: expected {x.dtype} of shape [{x.shape[0]}], got {weights.dtype} {list(weights.shape)}")
     if backend == engines.REFERENCE:
-        return (weights * without_silent(reference.pair_sum(Call(*pairs), over, term), weights)).sum()
+        return (weights * reference.without_silent(reference.pair_sum(Call(*pairs), over, term), weights)).sum()
     needs = [torch.is_grad_enabled() and v is not None and v.requires_grad for v in (x, y, row_bias, col_bias)]
     return PairTotal.apply(*pairs, over, term, backend, weights, needs)[0]
 

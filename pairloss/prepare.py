@@ -61,10 +61,9 @@ def prepare(
     y, col_bias = (None, None) if ref_features is None else _cleared(ref_features, ref_ignored)
     if metric == "cosine":
         bound = 1 / tau if isinstance(tau, float) else math.inf
-        x = unit(x, scale)
-        return Rows(
-            x, None if y is None else unit(y, scale), row_bias, col_bias, product_dtype, bound, _poison(x[:, :1])
-        )  # NaN in one column is NaN in all
+        x, y = unit(x, scale), None if y is None else unit(y, scale)
+        poison = _poison(x[:, :1])  # what is NaN in one column is in all
+        return Rows(x, y, row_bias, col_bias, product_dtype, bound, poison)
 
     x = _poisoned(x * scale, product_dtype)
     y = None if y is None else _poisoned(y * scale, product_dtype)

@@ -95,6 +95,11 @@ def masked_logsumexp(z: Tensor, mask: Tensor, dim: int) -> Tensor:
     return torch.where(empty, -torch.inf, torch.log(torch.where(empty, 1, total)) + top.squeeze(dim))
 
 
+def without_silent(losses: Tensor, weights: Tensor) -> Tensor:
+    """The losses, but 0 where a weight of 0 silences an infinite one; it silences no NaN."""
+    return losses.masked_fill((weights == 0) & losses.isinf(), 0)
+
+
 def rounded(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows with the values they have in dtype, gradients unrounded."""
     return rows if dtype == rows.dtype else rows + (rows.to(dtype).to(rows.dtype) - rows).detach()

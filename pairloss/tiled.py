@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from . import pairs as pair_tiles
-from .engines import Call, PairSum, normalised, zero_grads
+from .engines import Call, SumsAndGrads, normalised, zero_grads
 from .pairs import LOG2E, Pairs, Role, Tile
 
 # Sorting costs about as much as it saves while there are fewer tile rows than this.
@@ -83,7 +83,7 @@ def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: l
     return [dx, dy, drow_bias, dcol_bias]
 
 
-def pair_sum_fwd_bwd(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> PairSum:
+def pair_sum_fwd_bwd(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> SumsAndGrads:
     pairs = Pairs(call)
     wanted = SETS.index(over)
     sums = call.x.new_zeros(call.x.shape[0]) if with_sums else None

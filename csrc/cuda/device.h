@@ -19,7 +19,6 @@ struct Index {
 
 PAIRLOSS_DEVICE int thread() { return int(threadIdx.x); }
 PAIRLOSS_DEVICE Index block() { return {blockIdx.x, blockIdx.y, blockIdx.z}; }
-PAIRLOSS_DEVICE Index grid() { return {gridDim.x, gridDim.y, gridDim.z}; }
 
 PAIRLOSS_DEVICE char* shared_memory() {
   extern __shared__ __align__(16) char memory[];

@@ -69,13 +69,13 @@ struct Warp {
 };
 
 struct BlockState {
-  BlockState(Index block, Index grid, int threads, int shared_bytes)
-      : block(block), grid(grid), threads(threads), memory(new char[shared_bytes]), barrier(threads), warps(threads / 32) {
+  BlockState(Index block, int threads, int shared_bytes)
+      : block(block), threads(threads), memory(new char[shared_bytes]), barrier(threads), warps(threads / 32) {
     std::memset(memory.get(), 0xff, shared_bytes);
     for (auto& warp : warps) warp = std::make_unique<Warp>();
   }
 
-  const Index block, grid;
+  const Index block;
   const int threads;
   const std::unique_ptr<char[]> memory;
   Barrier barrier;
@@ -175,7 +175,6 @@ void run_block(BlockState* block, const F& body) {
 
 inline int thread() { return host::self.thread; }
 inline Index block() { return host::self.block->block; }
-inline Index grid() { return host::self.block->grid; }
 inline char* shared_memory() { return host::self.block->memory.get(); }
 inline void sync_block() { host::self.block->barrier.arrive_and_wait(); }
 inline void sync_warp() { host::self.block->warps[thread() / 32]->barrier.arrive_and_wait(); }
@@ -272,7 +271,7 @@ void launch(const char*, const Call&, void (*kernel)(Args...), dim3 grid, int th
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
-        host::BlockState block({x, y, z}, {grid.x, grid.y, grid.z}, threads, shared_bytes);
+        host::BlockState block({x, y, z}, threads, shared_bytes);
         host::run_block(&block, [&] { kernel(args...); });
       }
     }
