@@ -1,5 +1,6 @@
 // Runs the CPU engine through every form, on arrays without a spare entry, and writes what it computes to the file named first: for
-// sanitizers, and to compare builds. Numbers are fixed; the second argument is the number of threads.
+// sanitizers, and to compare builds. Each array is its bytes per number, its length and its numbers, all as doubles. The input is fixed; the
+// second argument is the number of threads.
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
@@ -43,12 +44,13 @@ Array<int64_t> ids(int64_t n, int64_t words, int64_t factor) {
   return a;
 }
 
+void put(double value) { std::fwrite(&value, sizeof value, 1, out); }
+
 template <class T>
 void write(const Array<T>& a) {
-  for (int64_t i = 0; i < a.size(); ++i) {
-    const double value = a.get()[i];
-    std::fwrite(&value, sizeof value, 1, out);
-  }
+  put(sizeof(T));
+  put(a.size());
+  for (int64_t i = 0; i < a.size(); ++i) put(a.get()[i]);
 }
 
 template <class T>
