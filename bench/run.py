@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=7, help=f"at most {FEW_ROUNDS} from N = {FEW_ROUNDS_FROM:,} on")
-    parser.add_argument("--memory-limit", type=float, help="GB for a counterpart; 6, or 80 % of the GPU")
+    parser.add_argument("--memory-limit", type=float, help="GB for a counterpart; 6, or 80 %% of the GPU")
     parser.add_argument("--results", type=Path, help="the CSV file; bench/results/DEVICE.csv")
     parser.add_argument("--memory-of", choices=PROVIDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -16,7 +16,7 @@ PAIRLOSS_BOTH inline V relu(V v) {
   return v < V{} ? V{} : v;
 }
 
-// a b, in a CUDA kernel never fused into an addition that follows: forward and backward must see the same value.
+// a b, never fused into an addition that follows: forward and backward, and z_ij and z_ji, must see the same value.
 template <class V>
 PAIRLOSS_BOTH inline V rounded_product(V a, V b) {
 #ifdef __CUDA_ARCH__
@@ -26,7 +26,16 @@ PAIRLOSS_BOTH inline V rounded_product(V a, V b) {
     return __fmul_rn(a, b);
   }
 #else
-  return a * b;
+  V product = a * b;
+  // The compiler can't look into these, one for each kind of register on machines that could fuse.
+#if defined(__AVX512F__)
+  asm("" : "+v"(product));
+#elif defined(__FMA__)
+  asm("" : "+x"(product));
+#elif defined(__aarch64__) && !defined(PAIRLOSS_WIDE)
+  asm("" : "+w"(product));
+#endif
+  return product;
 #endif
 }
 

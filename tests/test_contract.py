@@ -180,6 +180,37 @@ def test_functorch_grad(loss, option):
     torch.testing.assert_close(dict(zip(names, gradient(*sample.differentiable.values()), strict=True)), expected)
 
 
+@pytest.mark.parametrize("backend", [*ON_CPU, "reference"])
+def test_a_func_transform_of_something_else_around_siglip(backend):
+    """The inner transform wants no gradient of the rows, the outer one does."""
+    sample, _ = arguments("siglip", LOSSES["siglip"].options[0], 6, 3, torch.float64)
+    image = sample.differentiable.pop("image")
+
+    def loss(image, backend):
+        return LOSSES["siglip"].function(image, **sample.differentiable, **sample.others, backend=backend)
+
+    def outer(image):
+        return torch.func.grad(lambda c: c * loss(image * 1, backend))(image.new_ones(()))
+
+    torch.testing.assert_close(torch.func.grad(outer)(image), torch.func.grad(lambda rows: loss(rows, "reference"))(image))
+
+
+def test_the_reference_has_every_kind_of_derivative():
+    x, labels = arguments("snnl", "cosine", 4, 3, torch.float64)[0].differentiable["features"], torch.tensor([0, 0, 1, 1])
+
+    def loss(x, tau=0.3):
+        return LOSSES["snnl"].function(x, labels, tau, no_positive="zero", backend="reference")
+
+    hessian = torch.func.hessian(loss)(x)
+    torch.testing.assert_close(hessian, torch.autograd.functional.hessian(loss, x))
+    tangent = torch.ones_like(x)
+    torch.testing.assert_close(torch.func.jvp(loss, (x,), (tangent,))[1], torch.func.grad(loss)(x).sum())
+    torch.testing.assert_close(torch.func.vmap(loss)(torch.stack([x, 2 * x])), torch.stack([loss(x), loss(x)]))
+    tau = torch.tensor(0.3, dtype=torch.float64)
+    of_tau = torch.func.jvp(lambda tau: loss(x, tau), (tau,), (torch.ones_like(tau),))[1]
+    torch.testing.assert_close(of_tau, torch.func.grad(lambda tau: loss(x, tau))(tau))
+
+
 def test_second_derivatives_are_refused_clearly():
     sample, _ = arguments("snnl", "cosine", 9, 3, torch.float64)
     x = sample.differentiable["features"].requires_grad_()

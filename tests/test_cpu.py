@@ -155,7 +155,7 @@ BUILDS = {
 def every_form(tmp_path: Path, build: str, threads: int) -> list[tuple[torch.dtype, torch.Tensor]]:
     """What tests/every_form.cpp computes in this build; no OpenMP, whose library thread sanitizers don't know."""
     program, out = tmp_path / build, tmp_path / f"{build}.bin"
-    sources = ["tests/every_form.cpp", "csrc/cpu/engine.cpp", "csrc/cpu/kernels.cpp"]
+    sources = ["tests/every_form.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("engine", "targets", "kernels"))]
     flags = [
         "-std=c++20",
         "-O1",

@@ -456,37 +456,3 @@ def test_ids_of_any_integer_dtype(backend, dtype):
         lambda ids: siglip(X, Y, 5.0, -2.0, ids=ids, backend=backend),
     ):
         assert torch.equal(loss(ids.to(dtype)), loss(ids))
-
-
-@pytest.mark.parametrize("backend", [*ON_CPU, "reference"])
-def test_siglip_under_a_torch_func_transform_of_something_else(backend):
-    """The inner transform wants no gradient of the rows, the outer one does."""
-
-    def outer(x):
-        return torch.func.grad(lambda c: c * siglip(x * 1, Y, 5.0, -2.0, backend=backend))(torch.ones(()))
-
-    expected = torch.func.grad(lambda x: siglip(x, Y, 5.0, -2.0, backend="reference"))(X)
-    torch.testing.assert_close(torch.func.grad(outer)(X), expected)
-
-
-def test_the_reference_has_every_kind_of_derivative():
-    x, labels = X[:4, :3].double(), torch.tensor([0, 0, 1, 1])
-
-    def loss(x):
-        return snnl(x, labels, 0.3, no_positive="zero", backend="reference")
-
-    hessian = torch.func.hessian(loss)(x)
-    torch.testing.assert_close(hessian, torch.autograd.functional.hessian(loss, x))
-    tangent = torch.ones_like(x)
-    torch.testing.assert_close(torch.func.jvp(loss, (x,), (tangent,))[1], torch.func.grad(loss)(x).sum())
-    torch.testing.assert_close(torch.func.vmap(loss)(torch.stack([x, 2 * x])), torch.stack([loss(x), loss(x)]))
-    tau = torch.tensor(0.3, dtype=torch.float64)
-    of_tau = torch.func.jvp(lambda tau: snnl(x, labels, tau, no_positive="zero", backend="reference"), (tau,), (torch.ones_like(tau),))[1]
-    torch.testing.assert_close(of_tau, torch.func.grad(lambda tau: snnl(x, labels, tau, no_positive="zero", backend="reference"))(tau))
-
-
-def test_a_centre_that_overflows_makes_every_row_nan():
-    x = torch.zeros(4, 3)
-    x[:, 1] = 2e38
-    losses = snnl(x, torch.arange(4), 1.0, metric="sqeuclidean", no_positive="zero", reduction="none")
-    assert losses.isnan().all()

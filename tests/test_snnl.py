@@ -443,3 +443,10 @@ def test_rounded_rows_have_no_distance_to_themselves(dtype):
     rounded = rows.x.to(dtype).float()
     assert rows.product_dtype == dtype
     torch.testing.assert_close(rounded.square().sum(1) + 2 * rows.row_bias, torch.zeros(20), rtol=0, atol=1e-3)
+
+
+def test_a_centre_that_overflows_makes_every_row_nan():
+    x = torch.zeros(4, 3)
+    x[:, 1] = 2e38
+    losses = snnl(x, torch.arange(4), 1.0, metric="sqeuclidean", no_positive="zero", reduction="none")
+    assert losses.isnan().all()

@@ -1,10 +1,11 @@
-// pairloss._cpu: engine.h for Python. Pointers come as integers, 0 for null; pairloss/cpu.py keeps their tensors alive.
+// pairloss._cpu: engine.h and targets.h for Python. Pointers come as integers, 0 for null; pairloss/cpu.py keeps their tensors alive.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <optional>
 
 #include "engine.h"
+#include "targets.h"
 
 namespace py = pybind11;
 using pairloss::Call;
@@ -53,7 +54,9 @@ PYBIND11_MODULE(_cpu, module) {
             pointer(dcol_bias));
       },
       release());
-  module.def("tile_rows", &pairloss::tile_rows);
+  module.def("tile_rows", [](bool is_double, int64_t wanted) {
+    return is_double ? pairloss::tile_size<double>(wanted) : pairloss::tile_size<float>(wanted);
+  });
   module.def("targets", &pairloss::targets);
   module.def("use_target", &pairloss::use_target);
 }

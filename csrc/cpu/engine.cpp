@@ -1,105 +1,23 @@
-// Memory, threads and the order of tiles; what is computed in a tile is in kernels.cpp.
+// What the calls of engine.h read, hold and add up, tile by tile; what is computed in a tile is in kernels.cpp.
 #include "engine.h"
-
-#include <unistd.h>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <limits>
 #include <memory>
-#include <mutex>
-#include <numeric>
-#include <stdexcept>
-#include <system_error>
-#include <thread>
-#include <type_traits>
 
 #include "kernels.h"
+#include "schedule.h"
+#include "targets.h"
 
 namespace pairloss {
-
-#define PAIRLOSS_DECLARE(target)                \
-  namespace target {                            \
-  extern const Kernels<float> float_kernels;    \
-  extern const Kernels<double> double_kernels;  \
-  }
-PAIRLOSS_DECLARE(baseline)
-#ifdef PAIRLOSS_X86
-PAIRLOSS_DECLARE(avx2)
-PAIRLOSS_DECLARE(avx512)
-#endif
-
 namespace {
 
-struct Target {
-  const char* name;
-  bool (*here)();
-  const Kernels<float>* floats;
-  const Kernels<double>* doubles;
-};
-
-// Best first.
-const Target TARGETS[] = {
-#ifdef PAIRLOSS_X86
-    {"avx512", [] { return bool(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")); },
-     &avx512::float_kernels, &avx512::double_kernels},
-    {"avx2", [] { return bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")); }, &avx2::float_kernels,
-     &avx2::double_kernels},
-#endif
-    {"baseline", [] { return true; }, &baseline::float_kernels, &baseline::double_kernels},
-};
-
-std::atomic<const Target*> chosen{nullptr};
-
-const Target& target() {
-  if (const Target* t = chosen) return *t;
-  for (const Target& t : TARGETS) {
-    if (t.here()) return t;
-  }
-  throw std::logic_error("no target");
-}
-
-template <class T>
-const Kernels<T>& kernels() {
-  if constexpr (std::is_same_v<T, float>) {
-    return *target().floats;
-  } else {
-    return *target().doubles;
-  }
-}
-
-// A tile of weights and what it is multiplied with must stay in the second-level cache of a core; this share of it for the tile
-// measured best (bench/notes.md).
-constexpr double CACHE_SHARE = 0.3;
-constexpr int64_t CACHE_BYTES = 512 << 10;  // where the system doesn't say
-constexpr int64_t LARGEST_TILE = 512;
 // Floating-point operations that pay for another thread; tests want threads for less.
 #ifndef PAIRLOSS_THREAD_FLOPS
 #define PAIRLOSS_THREAD_FLOPS 4e6
 #endif
-
-int64_t cache_bytes() {
-#ifdef _SC_LEVEL2_CACHE_SIZE
-  const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  if (bytes > 0) return bytes;
-#endif
-  return CACHE_BYTES;
-}
-
-int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-template <class T>
-int64_t tile_size(int64_t wanted) {
-  const Kernels<T>& k = kernels<T>();
-  if (wanted > 0) return rounded_up(wanted, k.width);
-  const int64_t unit = std::lcm(k.rows, k.panel), fits = int64_t(std::sqrt(CACHE_SHARE * cache_bytes() / sizeof(T)));
-  return std::clamp(fits / unit * unit, unit, LARGEST_TILE / unit * unit);
-}
 
 // n entries, and PADDING more of value 0.
 template <class T>
@@ -108,39 +26,6 @@ std::vector<T> padded(const T* from, int64_t n) {
   if (from) std::copy(from, from + n, to.begin());
   return to;
 }
-
-// Runs f(0) ... f(threads - 1) at the same time, or fewer where threads can't be had. With OpenMP on the threads that torch keeps: its
-// library is loaded already, and threads of our own would have to wait for those that still spin after torch's last operation.
-template <class F>
-void in_parallel(int threads, F f) {
-  if (threads == 1) return f(0);
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads)
-  f(omp_get_thread_num());
-#else
-  std::vector<std::jthread> others;  // which join when they go
-  others.reserve(threads);
-  try {
-    for (int t = 1; t < threads; ++t) others.emplace_back(f, t);
-  } catch (const std::system_error&) {
-  }
-  f(0);
-#endif
-}
-
-// A turn in something that tiles use one after another, in the order in which they were handed out.
-class Turn {
- public:
-  int64_t draw() { return drawn_++; }  // under the lock of the order
-  void wait(int64_t ticket) const {
-    while (done_.load(std::memory_order_acquire) != ticket) std::this_thread::yield();
-  }
-  void pass() { done_.fetch_add(1, std::memory_order_release); }
-
- private:
-  int64_t drawn_ = 0;
-  std::atomic<int64_t> done_{0};
-};
 
 template <class T>
 class Run {
@@ -378,61 +263,18 @@ class Run {
     if (dcol_bias) std::copy_n(col_bias.begin(), m_, dcol_bias);
   }
 
-  // Calls f(tile, scratch) for all tiles, or for those that can hold pairs of one set. Tiles that share rows or columns are visited
-  // one after another and always in the same order: the result has the same bits for any number of threads.
+  // Calls f(tile, scratch) for all tiles, or for those that can hold pairs of one set.
   template <class F>
   void visit(Set wanted, F f) {
-    if (call_.n == 0 || m_ == 0) return;
-    std::vector<Turn> rows(blocks_x_), cols(symmetric_ ? 0 : blocks_y_);
     std::vector<std::unique_ptr<T[]>> memory;
     for (int thread = 0; thread < threads_; ++thread) memory.emplace_back(new T[scratch_size()]);
-    std::mutex order;
-    int64_t next = 0;
-    in_parallel(threads_, [&](int thread) {
-      const Scratch<T> b = scratch(memory[thread].get());
-      for (;;) {
-        Tile t;
-        Turn *of_rows, *of_cols;
-        int64_t row_ticket, col_ticket = 0;
-        {
-          const std::lock_guard<std::mutex> lock(order);
-          int64_t i, j;
-          do {
-            if (next == steps()) return;
-          } while (!place(next++, &i, &j) || !has(wanted, t = tile(i, j)));
-          of_rows = &rows[i];
-          of_cols = !symmetric_ ? &cols[j] : i != j ? &rows[j] : nullptr;
-          row_ticket = of_rows->draw();
-          if (of_cols) col_ticket = of_cols->draw();
-        }
-        of_rows->wait(row_ticket);
-        if (of_cols) of_cols->wait(col_ticket);
-        f(t, b);
-        of_rows->pass();
-        if (of_cols) of_cols->pass();
-      }
+    const auto has_pairs = [&](int64_t i, int64_t j) { return has(wanted, tile(i, j)); };
+    visit_blocks(symmetric_, blocks_x_, blocks_y_, threads_, has_pairs, [&](int thread, int64_t i, int64_t j) {
+      f(tile(i, j), scratch(memory[thread].get()));
     });
   }
 
   static bool has(Set wanted, const Tile& t) { return wanted == MIXED || t.set == MIXED || t.set == wanted; }
-
-  // Tiles in rounds, no two of a round with rows or columns in common. x against itself: i + j is the round's number modulo the blocks,
-  // so that each block meets one other, or itself.
-  int64_t steps() const { return blocks_x_ * blocks_y_; }
-
-  bool place(int64_t step, int64_t* i, int64_t* j) const {
-    const int64_t width = std::min(blocks_x_, blocks_y_), other = std::max(blocks_x_, blocks_y_);
-    const int64_t round = step / width, first = step % width;
-    if (symmetric_) {
-      *i = first;
-      *j = (round - first + other) % other;
-      return *i <= *j;
-    }
-    const int64_t second = (first + round) % other;
-    *i = blocks_x_ <= blocks_y_ ? first : second;
-    *j = blocks_x_ <= blocks_y_ ? second : first;
-    return true;
-  }
 
   int64_t row_stride() const {
     const int64_t line = 64 / sizeof(T);  // an odd number of cache lines: rows must not compete for the same places in the cache
@@ -501,25 +343,6 @@ void pair_sum(const Call& call, bool over_positives, bool softplus, void* sums, 
     Run<T>(call).pair_sum(over_positives ? POSITIVES : NEGATIVES, softplus, static_cast<T*>(sums), static_cast<const T*>(weights),
         static_cast<T*>(dx), static_cast<T*>(dy), static_cast<T*>(drow_bias), static_cast<T*>(dcol_bias));
   });
-}
-
-int64_t tile_rows(bool is_double, int64_t tile) { return is_double ? tile_size<double>(tile) : tile_size<float>(tile); }
-
-std::vector<std::string> targets() {
-  std::vector<std::string> names;
-  for (const Target& t : TARGETS) {
-    if (t.here()) names.push_back(t.name);
-  }
-  return names;
-}
-
-void use_target(const std::string& name) {
-  const Target* found = nullptr;
-  for (const Target& t : TARGETS) {
-    if (t.here() && name == t.name) found = &t;
-  }
-  if (!found && !name.empty()) throw std::invalid_argument("target: expected one of pairloss._cpu.targets(), got " + name);
-  chosen = found;
 }
 
 }  // namespace pairloss

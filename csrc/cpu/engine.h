@@ -2,8 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
-#include <vector>
 
 namespace pairloss {
 
@@ -36,12 +34,5 @@ void row_stats_backward(
 // The sums [n] and, with weights [n], the gradients; either may be null.
 void pair_sum(const Call&, bool over_positives, bool softplus, void* sums, const void* weights, void* dx, void* dy, void* drow_bias,
     void* dcol_bias);
-
-// The rows and columns of a tile, from what Call::tile says.
-int64_t tile_rows(bool is_double, int64_t tile);
-
-// The instruction sets that this processor has and this build serves, best first; and which one is used ("" = the best).
-std::vector<std::string> targets();
-void use_target(const std::string&);
 
 }  // namespace pairloss

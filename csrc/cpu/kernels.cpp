@@ -67,7 +67,7 @@ PAIRLOSS_INLINE void row_logits(const Pairs<T>& p, const Tile& t, const Scratch<
     Vec<T> v = s;
     if constexpr (CIRCLE) {
       const Vec<T> r = same ? T(1) - s : s, slope = circle_slope(r, p.m, p.gamma);
-      v = rounded(circle(r, slope, p.m));
+      v = circle(r, slope, p.m);
       store(b.slope + j, same ? -slope : slope);
     }
     v += bias + load(p.y.bias + t.j + j);  // the biases first: z_ij and z_ji round alike

@@ -1,5 +1,5 @@
 // What is computed in one tile of pairs. kernels.cpp is compiled once for each instruction set and makes a table of these functions;
-// engine.cpp chooses a table, owns the memory and visits the tiles.
+// targets.cpp chooses a table, engine.cpp owns the memory, schedule.h orders the tiles.
 #pragma once
 
 #include <cstdint>

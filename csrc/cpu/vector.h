@@ -92,19 +92,6 @@ inline V smaller(V a, V b) {
   return b < a ? b : a;
 }
 
-// v, rounded: keeps the compiler from fusing a product into the addition that follows, where there are such instructions.
-template <class V>
-inline V rounded(V v) {
-#if defined(__AVX512F__)
-  asm("" : "+v"(v));
-#elif defined(__FMA__)
-  asm("" : "+x"(v));
-#elif defined(__aarch64__) && !defined(PAIRLOSS_WIDE)
-  asm("" : "+w"(v));
-#endif
-  return v;
-}
-
 constexpr double reciprocal_factorial(int n) { return n < 2 ? 1.0 : reciprocal_factorial(n - 1) / n; }
 
 // e^v to a unit in the last place or two. 0 below -EXP_RANGE and no more than e^EXP_RANGE above it: a pair that has no weight

@@ -1,0 +1,110 @@
+#include "targets.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <numeric>
+#include <stdexcept>
+#include <type_traits>
+
+namespace pairloss {
+
+#define PAIRLOSS_DECLARE(target)                \
+  namespace target {                            \
+  extern const Kernels<float> float_kernels;    \
+  extern const Kernels<double> double_kernels;  \
+  }
+PAIRLOSS_DECLARE(baseline)
+#ifdef PAIRLOSS_X86
+PAIRLOSS_DECLARE(avx2)
+PAIRLOSS_DECLARE(avx512)
+#endif
+
+namespace {
+
+struct Target {
+  const char* name;
+  bool (*here)();
+  const Kernels<float>* floats;
+  const Kernels<double>* doubles;
+};
+
+// Best first.
+const Target TARGETS[] = {
+#ifdef PAIRLOSS_X86
+    {"avx512", [] { return bool(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")); },
+     &avx512::float_kernels, &avx512::double_kernels},
+    {"avx2", [] { return bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")); }, &avx2::float_kernels,
+     &avx2::double_kernels},
+#endif
+    {"baseline", [] { return true; }, &baseline::float_kernels, &baseline::double_kernels},
+};
+
+std::atomic<const Target*> chosen{nullptr};
+
+const Target& target() {
+  if (const Target* t = chosen) return *t;
+  for (const Target& t : TARGETS) {
+    if (t.here()) return t;
+  }
+  throw std::logic_error("no target");
+}
+
+// A tile of weights and what it is multiplied with must stay in the second-level cache of a core; this share of it for the tile
+// measured best (bench/notes.md).
+constexpr double CACHE_SHARE = 0.3;
+constexpr int64_t CACHE_BYTES = 512 << 10;  // where the system doesn't say
+constexpr int64_t LARGEST_TILE = 512;
+
+int64_t cache_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return CACHE_BYTES;
+}
+
+}  // namespace
+
+std::vector<std::string> targets() {
+  std::vector<std::string> names;
+  for (const Target& t : TARGETS) {
+    if (t.here()) names.push_back(t.name);
+  }
+  return names;
+}
+
+void use_target(const std::string& name) {
+  const Target* found = nullptr;
+  for (const Target& t : TARGETS) {
+    if (t.here() && name == t.name) found = &t;
+  }
+  if (!found && !name.empty()) throw std::invalid_argument("target: expected one of pairloss._cpu.targets(), got " + name);
+  chosen = found;
+}
+
+template <class T>
+const Kernels<T>& kernels() {
+  if constexpr (std::is_same_v<T, float>) {
+    return *target().floats;
+  } else {
+    return *target().doubles;
+  }
+}
+
+template <class T>
+int64_t tile_size(int64_t wanted) {
+  const Kernels<T>& k = kernels<T>();
+  if (wanted > 0) return rounded_up(wanted, k.width);
+  const int64_t unit = std::lcm(k.rows, k.panel), fits = int64_t(std::sqrt(CACHE_SHARE * cache_bytes() / sizeof(T)));
+  return std::clamp(fits / unit * unit, unit, LARGEST_TILE / unit * unit);
+}
+
+template const Kernels<float>& kernels();
+template const Kernels<double>& kernels();
+template int64_t tile_size<float>(int64_t);
+template int64_t tile_size<double>(int64_t);
+
+}  // namespace pairloss

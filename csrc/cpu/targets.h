@@ -1,0 +1,26 @@
+// The instruction sets of this processor, and what follows from them: the tile functions, and the size of tiles.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace pairloss {
+
+// The instruction sets that this processor has and this build serves, best first; and which one is used ("" = the best).
+std::vector<std::string> targets();
+void use_target(const std::string&);
+
+// Of the one that is used; T is float or double.
+template <class T>
+const Kernels<T>& kernels();
+
+// The rows and columns of a tile: `wanted`, rounded up to what the tile functions serve, or for 0 what fits the cache.
+template <class T>
+int64_t tile_size(int64_t wanted);
+
+constexpr int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+}  // namespace pairloss
