@@ -2,6 +2,7 @@
 
 from . import nn, schedules, testing
 from .contrastive import contrastive, nt_xent, simple_contrastive
+from .global_batch import distributed, grad_cache
 from .image_text import clip, siglip
 from .imbalance import class_balanced_weights, focal_cross_entropy, inverse_frequency_weights
 from .metrics import alignment, tolerance, uniformity
@@ -16,9 +17,11 @@ __all__ = [
     "class_balanced_weights",
     "clip",
     "contrastive",
+    "distributed",
     "entanglement",
     "flatten_views",
     "focal_cross_entropy",
+    "grad_cache",
     "inverse_frequency_weights",
     "nn",
     "nt_xent",

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, ranks
 from .prepare import loss_dtype, real_view
 from .reference import without_silent
 
@@ -98,7 +98,7 @@ def weights(
         raise ValueError(
             f"labels: expected 0..{num_classes - 1} because class_weight has {num_classes} entries, got {labels[outside][0].item()}"
         )
-    of_class = class_weight.to(dtype)[labels.clamp(0, num_classes - 1)]
+    of_class = ranks.shared(class_weight.to(dtype))[labels.clamp(0, num_classes - 1)]
     of_class = torch.where(outside, torch.nan, of_class)
     return of_class if result is None else result * of_class
 
@@ -111,10 +111,10 @@ def reduce(losses: Tensor, counts: Tensor, weight: Tensor | None, reduction: str
     weighted = weighted.masked_fill(~counts, 0)
     if reduction == "none":
         return weighted
-    total = weighted.sum()
+    total = ranks.total(weighted.sum())
     if reduction == "sum":
         return total
-    share = counts.sum() if weight is None else weight.masked_fill(~counts, 0).sum()
+    share = ranks.total(counts.sum() if weight is None else weight.masked_fill(~counts, 0).sum())
     return total / share.masked_fill(share == 0, 1)
 
 
@@ -129,5 +129,5 @@ def shares(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     weight = torch.ones_like(losses) if weight is None else weight.to(losses.dtype)
     if reduction == "sum":
         return weight
-    total = weight.sum()
+    total = ranks.total(weight.sum())
     return weight / total.masked_fill(total == 0, 1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import engines
+from . import engines, ranks
 
 METRICS = ("cosine", "dot", "sqeuclidean")
 SIMILARITIES = ("cosine", "dot")
@@ -28,7 +28,7 @@ def features(name: str, value: Tensor, like: Tensor | None = None) -> None:
         raise TypeError(f"{name}: expected a floating-point or complex dtype, got {value.dtype}")
     if value.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
-    if value.shape[0] == 0 or value.shape[1] == 0:
+    if (value.shape[0] == 0 and ranks.current() is None) or value.shape[1] == 0:  # a rank may have no rows
         raise ValueError(f"{name}: expected at least one row and one column, got {list(value.shape)}")
     if like is not None:
         same_device(name, value, like)
@@ -105,7 +105,7 @@ def scalar(name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype) -
         raise ValueError(f"{name}: expected a number or a 0-dim floating-point tensor, got {value.dtype} {list(value.shape)}")
     if value.device.type != "cpu":
         same_device(name, value, like)
-    return value.to(dtype)
+    return ranks.shared(value.to(dtype))
 
 
 def temperature(name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype) -> float | Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from . import anchors, checks, groups, ops
+from . import anchors, checks, groups, ops, ranks
 from .prepare import Rows, loss_dtype, prepare, real_view
 from .reference import masked_logsumexp
 
@@ -93,7 +93,7 @@ def contrastive(
     key_bias, negative_bias = (None if bias is None else bias.to(dtype) for bias in (key_bias, negative_bias))
     cutoff = None if threshold is None else torch.as_tensor(threshold / tau, dtype=dtype, device=query.device).detach()
 
-    if top_k is not None and top_k >= (query.shape[0] - 1 if in_batch else 0) + (0 if negative_keys is None else negative_keys.shape[-2]):
+    if top_k is not None and top_k >= _most_negatives(query, negative_keys, in_batch):
         top_k = None
     negatives: list[Tensor] = []  # of each source a log-sum [N, 1], or with top_k the logits of the greatest [N, K]
     neg_of_key = None
@@ -106,7 +106,8 @@ def contrastive(
         shared = Candidates(rows.against(others, negative_bias), ids_x, negative_ids, None, cutoff, backend)
         negatives.append(shared.log_sums_or_hardest(top_k)[0])
     elif negative_keys is not None:
-        negatives.append(_logits_of_each(rows, others, negative_bias, ids, negative_ids, cutoff))
+        each = others.view(*negative_keys.shape[:2], others.shape[1])
+        negatives.append(_logits_of_each(rows, each, negative_bias, ids, negative_ids, cutoff))
     z = torch.cat(negatives, 1)
     neg = _log_sum(z if top_k is None else z.topk(min(top_k, z.shape[1]), dim=1).values)
 
@@ -165,8 +166,8 @@ def simple_contrastive(
     rows = prepare(real_view(query), real_view(key), 1.0, metric, None, None)
     assert rows.y is not None
     pos = rows.products(rows.y)
-    if top_k is None or top_k >= query.shape[0] - 1:
-        negatives = rows.products(rows.y.sum(0).expand_as(rows.x)) - pos
+    if top_k is None or top_k >= ranks.count(query.shape[0]) - 1:
+        negatives = rows.products(ranks.total(rows.y.sum(0)).expand_as(rows.x)) - pos
     else:
         hardest = Candidates(rows, None, None, 0, None, backend).hardest(top_k)
         negatives = torch.where(hardest == -torch.inf, 0, hardest).sum(1)
@@ -239,14 +240,14 @@ def nt_xent(
         raise ValueError(f"metric: expected 'cosine' with tau_plus or beta, whose lower bound is of cosines, got {metric!r}")
     tau = checks.temperature("tau", tau, view_a, loss_dtype(view_a))
 
-    item = torch.arange(view_a.shape[0], device=view_a.device) if ids is None else ids.long()
+    item = torch.arange(view_a.shape[0], device=view_a.device) + ranks.first(view_a.shape[0]) if ids is None else ids.long()
     both = item.repeat(2)
     rows = prepare(real_view(torch.cat([view_a, view_b])), None, tau, metric, None, None)
     pos = rows.products(rows.x.roll(view_a.shape[0], 0))
     neg = _hard_log_sum(rows, both, beta, backend) if beta else rows.row_stats(both, None, 0, backend=backend)[0][1]
     counts = neg > -torch.inf if decoupled else torch.ones_like(neg, dtype=torch.bool)
     if tau_plus or beta:
-        neg = _debiased(neg, pos, (2 * view_a.shape[0] - groups.count(both, both)).to(neg.dtype), tau_plus, tau)
+        neg = _debiased(neg, pos, (ranks.count(len(both)) - groups.count(both, both)).to(neg.dtype), tau_plus, tau)
     losses = torch.where(counts, neg - pos, 0) if decoupled else -logsigmoid(pos - neg)
     counts = counts | (pos + neg).isnan()
     return anchors.reduce(losses + rows.poison, counts, None if weight is None else weight.to(neg.dtype).repeat(2), reduction)
@@ -258,7 +259,7 @@ def _hard_log_sum(rows: Rows, ids: Tensor, beta: float, backend: str | None) -> 
     for factor in (beta + 1, beta):
         scaled = rows._replace(x=rows.x * math.sqrt(factor), logit_bound=rows.logit_bound * factor)
         neg.append(scaled.row_stats(ids, None, 0, backend=backend)[0][1])
-    size = (ids.shape[0] - groups.count(ids, ids)).to(neg[0].dtype)
+    size = (ranks.count(len(ids)) - groups.count(ids, ids)).to(neg[0].dtype)
     empty = size == 0
     return torch.where(empty, -torch.inf, neg[0] - torch.where(empty, 0, neg[1]) + torch.where(empty, 1, size).log())
 
@@ -296,9 +297,9 @@ class Candidates(NamedTuple):
         assert y is not None
         dtype = self.rows.product_dtype
         pairs = (self.ids_x, self.ids_y, self.self_offset, bias, self.cutoff)
-        index = ops.top_k(x, y, min(k, y.shape[0]), *pairs, product_dtype=dtype, backend=self.backend)
+        index = ops.top_k(x, y, min(k, ranks.count(y.shape[0])), *pairs, product_dtype=dtype, backend=self.backend)
         z = ops.selected_products(x, y, index, product_dtype=dtype)
-        return z if bias is None else z + bias[index.clamp(min=0).long()]
+        return z if bias is None else z + ranks.gathered(bias)[index.clamp(min=0).long()]
 
     def swapped(self) -> "Candidates":
         """The candidates as anchors, without biases: for each of them, its own is a constant."""
@@ -316,11 +317,18 @@ class Candidates(NamedTuple):
         return self.hardest(top_k), of_cols if bias is None else of_cols + bias[:, None]
 
 
+def _most_negatives(query: Tensor, negative_keys: Tensor | None, in_batch: bool) -> int:
+    """How many negatives a query may have."""
+    others = ranks.count(query.shape[0]) - 1 if in_batch else 0
+    if negative_keys is None:
+        return others
+    return others + (ranks.count(negative_keys.shape[0]) if negative_keys.ndim == 2 else negative_keys.shape[1])
+
+
 def _logits_of_each(
     rows: Rows, keys: Tensor, bias: Tensor | None, ids: Tensor | None, key_ids: Tensor | None, cutoff: Tensor | None
 ) -> Tensor:
     """[N, M]: the logits of M keys of its own for each query; no larger than the keys themselves."""
-    keys = keys.unflatten(0, (rows.x.shape[0], -1))
     z = rows.products(keys)
     if cutoff is not None:
         z = z.masked_fill(z < cutoff, -torch.inf)

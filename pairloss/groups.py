@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, order, over_ranks, ranks
 from .prepare import Rows
-from .selection import add_rows_
 
 
 def positives(rows: Rows, ids: Tensor, ref_ids: Tensor | None, backend: str | None) -> tuple[Tensor, Tensor]:
@@ -34,13 +33,11 @@ def positives(rows: Rows, ids: Tensor, ref_ids: Tensor | None, backend: str | No
 
 def count(ids: Tensor, candidate_ids: Tensor) -> Tensor:
     """[N]: how many candidates have the anchor's id, itself included."""
-    ordered = candidate_ids.sort().values
-    return torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
+    spread = ranks.current()
+    return order.count(ids, candidate_ids) if spread is None else over_ranks.count(spread, ids, candidate_ids)
 
 
 def class_sums(rows: Tensor, row_ids: Tensor, ids: Tensor) -> Tensor:
-    """[N, D]: the sum of the rows whose id is ids_i; where there is none, the sum of some other class."""
-    ordered = row_ids.sort().values
-    first = torch.searchsorted(ordered, row_ids)  # a class is numbered by where it begins in label order
-    sums = add_rows_(torch.zeros_like(rows), first, rows)
-    return sums[torch.searchsorted(ordered, ids).clamp(max=rows.shape[0] - 1)]
+    """[N, D]: the sum of the rows whose id is ids_i; where there is none, any numbers."""
+    spread = ranks.current()
+    return order.class_sums(rows, row_ids, ids) if spread is None else over_ranks.class_sums(spread, rows, row_ids, ids)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from . import anchors, checks, ops
+from . import anchors, checks, ops, ranks
 from .contrastive import Candidates
 from .prepare import loss_dtype, prepare, real_view
 
@@ -70,7 +70,9 @@ def clip(
     losses = -(logsigmoid(pos - neg_image) + logsigmoid(pos - neg_text)) / 2
     if label_smoothing:
         swapped = rows._replace(x=rows.y)
-        mean = (rows.products(rows.y.mean(0).expand_as(rows.x)) + swapped.products(rows.x.mean(0).expand_as(rows.x))) / 2
+        n = ranks.count(image.shape[0])
+        mean_image, mean_text = (ranks.total(v.sum(0)).div(n).expand_as(v) for v in (rows.x, rows.y))
+        mean = (rows.products(mean_text) + swapped.products(mean_image)) / 2
         losses = losses + label_smoothing * (pos - mean)
     return anchors.reduce_all(losses, weight, reduction)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import anchors, checks, groups
+from . import anchors, checks, groups, ranks
 from .prepare import loss_dtype, prepare, real_view, unit
 from .reference import masked_logsumexp
 
@@ -34,11 +34,12 @@ def uniformity(x: Tensor, t: float = 2.0, *, metric: str = "cosine", backend: st
     checks.options(t=t, backend=backend)
     checks.choice("metric", metric, ("cosine", "sqeuclidean"))
     checks.features("x", x)
-    cosine, n = metric == "cosine", x.shape[0]
+    cosine, n = metric == "cosine", ranks.count(x.shape[0])
     rows = prepare(real_view(x), None, 0.5 / t if cosine else 1 / t, metric, None, None)
     (z,), _ = rows.row_stats(None, None, 0, backend=backend)
+    z = ranks.gathered(z)
     if n == 1:
-        return torch.where(z == -torch.inf, 0, z)[0] + rows.poison[0]
+        return torch.where(z == -torch.inf, 0, z)[0] + ranks.total(rows.poison.sum())
     return masked_logsumexp(z, z != -torch.inf, 0) - z.new_full((), n * (n - 1)).log() - (2 * t if cosine else 0)
 
 
@@ -118,8 +119,8 @@ def tolerance(
     checks.similarity(metric)
     checks.features("features", features)
     checks.labels("labels", labels, features, multi_hot=False)
-    rows, n = prepare(real_view(features), None, 1.0, metric, None, None), features.shape[0]
+    rows, n = prepare(real_view(features), None, 1.0, metric, None, None), ranks.count(features.shape[0])
     total, _ = groups.positives(rows, labels.long(), None, None)
     if include_self:
-        return (total + rows.products(rows.x)).sum() / n**2
-    return total.sum() / max(1, n * (n - 1)) + rows.poison.sum()
+        return ranks.total((total + rows.products(rows.x)).sum()) / n**2
+    return ranks.total(total.sum() / max(1, n * (n - 1)) + rows.poison.sum())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from . import anchors, checks
+from . import anchors, checks, ranks
 from .prepare import loss_dtype, prepare, real_view
 
 
@@ -173,8 +173,8 @@ def entanglement(
 
 
 def _mean_square_distance(features: Tensor, used: Tensor) -> Tensor:
-    share = used / used.sum().clamp(min=1)
+    share = used / ranks.total(used.sum()).clamp(min=1)
     rows = torch.where(used[:, None] == 0, 0, features)
-    centre = (share[:, None] * rows).sum(0)
-    spread = 2 * ((rows - centre).square().sum(1) * share).sum()
+    centre = ranks.total((share[:, None] * rows).sum(0))
+    spread = 2 * ranks.total(((rows - centre).square().sum(1) * share).sum())
     return torch.where(spread > 0, spread, 1)

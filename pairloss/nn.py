@@ -9,12 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, contrastive, image_text, imbalance, metrics, neighbour, supervised
+from .global_batch import distributed
+from .layerwise import EntanglementMonitor as EntanglementMonitor
+from .layerwise import LayerwiseSNNL as LayerwiseSNNL
 from .memory import FeatureQueue as FeatureQueue
+from .ranks import STRATEGIES
 from .scale import LogitScale as LogitScale
 
 
 class _Loss(nn.Module):
-    """A loss function as a module. Its options, by their names and defaults, are the module's; its tensors come with the call."""
+    """A loss function as a module. Its options, by their names and defaults, are the module's; its tensors come with the call.
+
+    group: None, or a torch.distributed process group, or "world" for the default one: the loss of the batch that is spread over its
+    ranks, by ``strategy``, as :func:`pairloss.distributed` has it.
+    """
 
     function: ClassVar[Callable[..., Tensor]]
     buffer: ClassVar[str | None] = None  # a tensor among the options
@@ -26,10 +34,13 @@ class _Loss(nn.Module):
         given = inspect.signature(cls.function).parameters.values()
         own = [v for name, v in inspect.signature(cls.__init__).parameters.items() if name in cls.own]
         options = [v for v in given if v.name in checks.OPTIONS or v.name == cls.buffer]
-        cls.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+        spread = [v for name, v in inspect.signature(_Loss.__init__).parameters.items() if name in ("group", "strategy")]
+        cls.__signature__ = inspect.Signature([*own, *options, *spread])  # type: ignore[attr-defined]
 
-    def __init__(self, *leading: Any, **options: Any) -> None:
+    def __init__(self, *leading: Any, group: Any = None, strategy: str = "gather", **options: Any) -> None:
         super().__init__()
+        checks.choice("strategy", strategy, STRATEGIES)
+        self.group, self.strategy = group, strategy
         bound = inspect.signature(type(self)).replace(parameters=self._parameters_of_function()).bind(*leading, **options)
         bound.apply_defaults()
         self.options = dict(bound.arguments)
@@ -38,12 +49,15 @@ class _Loss(nn.Module):
         checks.options(**self.options)
 
     def _parameters_of_function(self) -> list[inspect.Parameter]:
-        return [v for name, v in inspect.signature(type(self)).parameters.items() if name not in self.own]
+        return [v for name, v in inspect.signature(type(self)).parameters.items() if name not in (*self.own, "group", "strategy")]
 
     def forward(self, *tensors: Tensor, **more: Tensor | None) -> Tensor:
         if self.buffer is not None:
             more[self.buffer] = getattr(self, self.buffer)
-        return type(self).function(*tensors, **more, **self.options)
+        function = type(self).function
+        if self.group is not None:
+            function = distributed(function, None if self.group == "world" else self.group, self.strategy)
+        return function(*tensors, **more, **self.options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.options.items())

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import engines, reference
+from . import engines, over_ranks, ranks, reference
 from .autograd import PairSum, PairTotal, RowStats, SelectedProducts
 from .engines import Call
 
@@ -85,6 +85,8 @@ def row_stats(
     how = (cutoff, score, m, gamma, both_sides, logit_bound)
     if backend == engines.REFERENCE:
         return reference.row_stats(Call(*pairs, *how))
+    if (spread := ranks.current()) is not None:
+        return over_ranks.row_stats(spread, *pairs, *how, backend)
     rows, cols, _, _ = RowStats.apply(*pairs, *how, backend)
     return rows, cols
 
@@ -141,9 +143,16 @@ def pair_sum(
         raise ValueError(f"term: expected one of {TERMS}, got {term!r}")
     pairs = (x, y, *_int64(ids_x, ids_y), self_offset, row_bias, col_bias, product_dtype or x.dtype)
     if weights is None:
-        return reference.pair_sum(Call(*pairs), over, term) if backend == engines.REFERENCE else PairSum.apply(*pairs, over, term, backend)
+        if backend == engines.REFERENCE:
+            return reference.pair_sum(Call(*pairs), over, term)
+        if (spread := ranks.current()) is not None:
+            return over_ranks.pair_sum(spread, *pairs, over, term, backend)
+        return PairSum.apply(*pairs, over, term, backend)
     if weights.shape != x.shape[:1] or weights.dtype != x.dtype:
         raise ValueError(f"weights: expected {x.dtype} of shape [{x.shape[0]}], got {weights.dtype} {list(weights.shape)}")
+    if (spread := ranks.current()) is not None:
+        sums = over_ranks.pair_sum(spread, *pairs, over, term, backend)
+        return ranks.total((weights * reference.without_silent(sums, weights)).sum())
     if backend == engines.REFERENCE:
         return (weights * reference.without_silent(reference.pair_sum(Call(*pairs), over, term), weights)).sum()
     needs = [torch.is_grad_enabled() and v is not None and v.requires_grad for v in (x, y, row_bias, col_bias)]
@@ -177,11 +186,13 @@ def top_k(
     """
     backend = _backend(backend)
     _check(x, y, ids_x, ids_y, self_offset, None, col_bias)
+    y, col_bias = (None if v is None else v.detach() for v in (y, col_bias))
+    pairs = (x.detach(), y, *_int64(ids_x, ids_y), self_offset, None, col_bias, product_dtype or x.dtype)
+    if (spread := ranks.current()) is not None:
+        return over_ranks.top_k(spread, *pairs, cutoff, k)
     candidates = (x if y is None else y).shape[0]
     if not 1 <= k <= candidates:
         raise ValueError(f"k: expected 1 <= k <= {candidates}, the number of candidates, got {k}")
-    y, col_bias = (None if v is None else v.detach() for v in (y, col_bias))
-    pairs = (x.detach(), y, *_int64(ids_x, ids_y), self_offset, None, col_bias, product_dtype or x.dtype)
     if backend == engines.REFERENCE:
         return reference.top_k(Call(*pairs, cutoff), k)
     return torch.ops.pairloss.top_k(*pairs, cutoff, k)
@@ -189,6 +200,8 @@ def top_k(
 
 def selected_products(x: Tensor, y: Tensor, index: Tensor, *, product_dtype: torch.dtype | None = None) -> Tensor:
     """<x_i, y_j> for j = index[i, 0], ..., index[i, K - 1]; -inf, with gradient 0, where the index is -1. [N, K] in x.dtype."""
+    if (spread := ranks.current()) is not None:
+        return over_ranks.selected_products(spread, x, y, index, product_dtype or x.dtype)
     return SelectedProducts.apply(x, y, index, product_dtype or x.dtype)
 
 
@@ -200,7 +213,10 @@ def _int64(ids_x: Tensor | None, ids_y: Tensor | None) -> tuple[Tensor | None, T
 
 def _backend(backend: str | None) -> str | None:
     engines.check_backend(backend)
-    return backend or engines.DEFAULT_BACKEND
+    backend = backend or engines.DEFAULT_BACKEND
+    if backend == engines.REFERENCE and ranks.current() is not None:
+        raise ValueError("backend: expected an engine under pairloss.distributed, got 'reference'")
+    return backend
 
 
 def _check(

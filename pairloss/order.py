@@ -1,4 +1,4 @@
-"""Label order: rows sorted by label, so that most tiles hold no positives and need no mask."""
+"""Label order: rows sorted by label, so that most tiles hold no positives and need no mask; counts and sums over classes."""
 
 import dataclasses
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .engines import Call
+from .selection import add_rows_
 
 
 class LabelOrder:
@@ -52,3 +53,17 @@ def _put(tensor: Tensor | None, order: Tensor | None, dim: int) -> Tensor | None
     if tensor is None or order is None or not tensor.shape[dim]:
         return tensor
     return torch.empty_like(tensor).index_copy_(dim, order, tensor)
+
+
+def count(ids: Tensor, candidate_ids: Tensor) -> Tensor:
+    """[N]: how many candidates have the anchor's id, itself included."""
+    ordered = candidate_ids.sort().values
+    return torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
+
+
+def class_sums(rows: Tensor, row_ids: Tensor, ids: Tensor) -> Tensor:
+    """[N, D]: the sum of the rows whose id is ids_i; where there is none, the sum of some other class."""
+    ordered = row_ids.sort().values
+    first = torch.searchsorted(ordered, row_ids)  # a class is numbered by where it begins in label order
+    sums = add_rows_(torch.zeros_like(rows), first, rows)
+    return sums[torch.searchsorted(ordered, ids).clamp(max=rows.shape[0] - 1)]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, ranks
 from .autograd import with_signature
 from .engines import without_autocast
 from .reference import rounded
@@ -70,8 +70,8 @@ def prepare(
     if metric == "sqeuclidean":
         # Distances don't move with the origin: near the data they lose fewer digits. (Ignored rows are zeros.)
         with torch.no_grad():
-            used = x.shape[0] if ignored is None else (~ignored).sum().clamp(min=1)
-            centre = x.sum(0) / used
+            used = x.new_full((), x.shape[0]) if ignored is None else (~ignored).sum()
+            centre = ranks.total(x.sum(0)) / ranks.total(used).clamp(min=1)
         x, row_bias = _with_half_square(x - centre, row_bias, product_dtype)
         if y is not None:
             y, col_bias = _with_half_square(y - centre, col_bias, product_dtype)

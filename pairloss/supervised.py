@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from . import anchors, checks, groups, ops
+from . import anchors, checks, groups, ops, ranks
 from .prepare import Rows, prepare
 from .reference import masked_logsumexp
 
@@ -196,11 +196,11 @@ def circle(
     (pos, neg), _ = rows.row_stats(given.ids, given.ref_ids, given.self_offset, **how)
     if pool == "batch":
         twice = 2 if given.self_offset == 0 else 1  # x against itself sees each pair from both sides
-        pos, neg = (masked_logsumexp(z, z != -torch.inf, 0)[None] - math.log(twice) for z in (pos, neg))
+        pos, neg = (masked_logsumexp(z, z != -torch.inf, 0)[None] - math.log(twice) for z in map(ranks.gathered, (pos, neg)))
     empty = (pos == -torch.inf) | (neg == -torch.inf)
     losses = torch.where(empty, 0, -logsigmoid(-torch.where(empty, 0, pos) - torch.where(empty, 0, neg)))
     if pool == "batch":
-        return losses[0] + rows.poison.sum()
+        return losses[0] + ranks.total(rows.poison.sum())
     counts = torch.ones_like(empty) if no_positive == "zero" else ~empty
     losses, counts = losses + rows.poison, counts | rows.poison.isnan()
     return anchors.reduce(losses, counts, given.weight, reduction, given.ignored)

@@ -51,6 +51,7 @@ ON_CPU = [engine.name for engine in TILED if engine.device == "cpu"]
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "engines: runs on every engine; repeated under TRITON_INTERPRET=1")
+    config.addinivalue_line("markers", "slow: only in make test-all")
 
 
 def pytest_report_header() -> list[str]:

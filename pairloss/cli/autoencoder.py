@@ -5,7 +5,7 @@ Source: Agarap and Azcarraga 2020 (network, annealed temperature, loss summed ov
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference, schedules, snnl
+from ..layerwise import activations
+from ..nn import EntanglementMonitor, LayerwiseSNNL
 from .data import Dataset
 from .measure import PeakMemory, call_for, engine_name, saved_bytes, synchronise
 
@@ -66,28 +68,18 @@ class Diverged(RuntimeError):
     pass
 
 
-class Autoencoder(nn.Module):
-    def __init__(self, features: int, code_units: int) -> None:
-        super().__init__()
-        sizes = (features, *HIDDEN, code_units, *reversed(HIDDEN), features)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
-        for i, layer in enumerate(self._linears()):  # PyTorch's default shrinks the signal at each of the eight layers
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear" if self._is_linear(i) else "relu")
-            nn.init.zeros_(layer.bias)
-
-    def _linears(self) -> Iterator[nn.Linear]:
-        return (layer for layer in self.layers if isinstance(layer, nn.Linear))
-
-    def _is_linear(self, i: int) -> bool:
-        return i in (CODE, len(LAYERS))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The reconstruction and the activations of LAYERS, from the same pass."""
-        activations = []
-        for i, layer in enumerate(self.layers):
-            x = layer(x) if self._is_linear(i) else layer(x).relu()
-            activations.append(x)
-        return activations.pop(), activations
+def autoencoder(features: int, code_units: int) -> nn.Sequential:
+    """Modules by the names in LAYERS, and the output."""
+    sizes = (features, *HIDDEN, code_units, *reversed(HIDDEN), features)
+    linears = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
+    model = nn.Sequential()
+    for i, (name, linear) in enumerate(zip((*LAYERS, "output"), linears, strict=True)):
+        straight = i in (CODE, len(LAYERS))
+        # PyTorch's default shrinks the signal at each of the eight layers.
+        nn.init.kaiming_normal_(linear.weight, nonlinearity="linear" if straight else "relu")
+        nn.init.zeros_(linear.bias)
+        model.add_module(name, linear if straight else nn.Sequential(linear, nn.ReLU()))
+    return model
 
 
 def train(data: Dataset, settings: Settings, factor: float, memory: PeakMemory, on_epoch: Callable[[int, Run], None]) -> Run:
@@ -97,21 +89,29 @@ def train(data: Dataset, settings: Settings, factor: float, memory: PeakMemory, 
     run = Run()
     memory.restart()
     torch.manual_seed(settings.seed)
-    model = Autoencoder(x.shape[1], settings.code_units).to(device)
+    model = autoencoder(x.shape[1], settings.code_units).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
+    criterion = LayerwiseSNNL(
+        model,
+        LAYERS,
+        primary=nn.functional.mse_loss,
+        factor=factor,
+        schedule=settings.temperature,
+        metric=settings.metric,
+        backend=settings.backend,
+    ).to(device)
+    monitor = EntanglementMonitor(model, LAYERS, tau=settings.measured_at, metric=settings.metric, backend=settings.backend)
 
-    def entanglement(activations: list[Tensor]) -> list[float]:
-        with torch.no_grad():
-            return [_snnl(layer, labels, settings.measured_at, settings).item() for layer in activations]
+    def measure(epoch: int) -> None:
+        run.entanglement[epoch] = monitor.measure(epoch, x, labels).loss.tolist()
 
     for epoch in range(settings.epochs):
+        if epoch % max(1, settings.epochs // MEASUREMENTS) == 0:
+            measure(epoch)
         synchronise(device)
         start = time.perf_counter()
-        reconstruction, activations = model(x)
-        loss = nn.functional.mse_loss(reconstruction, x)
-        if factor:
-            tau = settings.temperature(epoch)
-            loss = loss + factor * torch.stack([_snnl(layer, labels, tau, settings) for layer in activations]).sum()
+        criterion.set_epoch(epoch)
+        loss = criterion(model(x), x, labels).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -121,20 +121,17 @@ def train(data: Dataset, settings: Settings, factor: float, memory: PeakMemory, 
 
         if not np.isfinite(run.losses[-1]):
             raise Diverged(f"training diverged: the loss is {run.losses[-1]} in epoch {epoch + 1}; a lower --lr or --factor may help")
-        if epoch % max(1, settings.epochs // MEASUREMENTS) == 0:
-            run.entanglement[epoch] = entanglement(activations)
         on_epoch(epoch + 1, run)
 
     run.peak_bytes = memory.bytes()
+    criterion.remove()
+    measure(settings.epochs)
+    test_x = torch.as_tensor(data.test_x, device=device)
     with torch.no_grad():
-        _, activations = model(x)
-        test_x = torch.as_tensor(data.test_x, device=device)
-        reconstruction, test_activations = model(test_x)
-    run.entanglement[settings.epochs] = entanglement(activations)
-    run.reconstruction = nn.functional.mse_loss(reconstruction, test_x).item()
-    run.train_codes, run.test_codes = (layers[CODE].cpu().numpy() for layers in (activations, test_activations))
+        run.reconstruction = nn.functional.mse_loss(model(test_x), test_x).item()
+        run.train_codes, run.test_codes = (model[: CODE + 1](rows).cpu().numpy() for rows in (x, test_x))
     if factor:
-        _measure_engines(run, activations, labels, settings)
+        _measure_engines(run, [calls[0] for calls in activations(model, LAYERS, x).values()], labels, settings)
     on_epoch(settings.epochs, run)
     return run
 
@@ -143,9 +140,9 @@ def _snnl(features: Tensor, labels: Tensor, tau: float, settings: Settings) -> T
     return snnl(features, labels, tau, metric=settings.metric, backend=settings.backend)
 
 
-def _measure_engines(run: Run, activations: list[Tensor], labels: Tensor, settings: Settings) -> None:
+def _measure_engines(run: Run, layers: list[Tensor], labels: Tensor, settings: Settings) -> None:
     tau = settings.temperature(settings.epochs - 1)
-    for layer in activations:
+    for layer in layers:
         rows = layer.detach().requires_grad_()
         run.engines.append(engine_name(call_for(rows, labels, tau, settings.metric), settings.backend))
         run.saved_bytes += saved_bytes(_snnl, rows, labels, tau, settings)

@@ -1,0 +1,279 @@
+"""The primitive when anchors and candidates are spread over ranks: each rank has its anchors' statistics, over the candidates of all.
+
+Candidates come in blocks (ranks.Ranks.visit), what belongs to them travels home: sums of columns forward, gradients backward. Under
+"ring" no more than two blocks are held at a time, and neither are they kept for the backward pass, which goes round again.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import engines, order
+from .autograd import _log, _weights
+from .ranks import Place, Ranks, Rows, added
+
+_X, _Y, _ROW_BIAS, _COL_BIAS = 0, 1, 5, 6  # among the arguments of the primitive's ops
+_NUM_PAIRS = 8
+
+
+def row_stats(ranks: Ranks, *args: Any) -> tuple[Tensor, Tensor]:
+    """ops.row_stats; the arguments are those of its op."""
+    rows, cols, _, _ = _RowStats.apply(ranks, *args)
+    return rows, cols
+
+
+def pair_sum(ranks: Ranks, *args: Any) -> Tensor:
+    return _PairSum.apply(ranks, *args)
+
+
+class _Pairs:
+    """A call's anchors against one block of candidates after the other."""
+
+    def __init__(self, ranks: Ranks, args: Sequence[Any], biased_both_ways: bool) -> None:
+        self.x, self.y, self.ids_x, self.ids_y, self.self_offset, self.row_bias, self.col_bias, self.product_dtype = args[:_NUM_PAIRS]
+        if self.self_offset not in (None, 0):
+            raise ValueError(f"self_offset: expected 0 or None under pairloss.distributed, got {self.self_offset}")
+        self.ranks, self.symmetric = ranks, self.y is None
+        candidates, ids, bias = (self.x, self.ids_x, self.row_bias) if self.symmetric else (self.y, self.ids_y, self.col_bias)
+        # Engines multiply rows rounded to the product dtype: as such they travel.
+        self.candidates = [candidates.detach().to(self.product_dtype), ids, bias if biased_both_ways or not self.symmetric else None]
+        self.starts = ranks.sizes(candidates.shape[0])
+
+    def against(self, block: Rows, place: Place) -> tuple[Any, ...]:
+        """The op's arguments."""
+        if self.is_symmetric(place):
+            return self.x, None, self.ids_x, None, self.self_offset, self.row_bias, None, self.product_dtype
+        y, ids, bias = block
+        offset = None if self.self_offset is None or place.own is None else self.self_offset + place.own
+        return self.x, y.to(self.x.dtype), self.ids_x, ids, offset, self.row_bias, bias, self.product_dtype
+
+    def is_symmetric(self, place: Place) -> bool:
+        return self.symmetric and place.is_own
+
+    def visit(self, compute: Any, *more: Tensor | None, merge: Any = None) -> Rows:
+        """compute(the op's arguments, place, whatever else travels) for every block."""
+
+        def of_block(block: Rows, place: Place) -> Any:
+            return compute(self.against(block[:3], place), place, *block[3:])
+
+        return self.ranks.visit([*self.candidates, *more], self.starts, of_block, merge)
+
+    def gradients(self, needs: Sequence[bool], backward: Any, *more: Tensor | None) -> list[Tensor | None]:
+        """Of x, y, row_bias and col_bias, where needed, from backward(the op's arguments, wanted, whatever else travels)."""
+        need_x, need_y, need_row_bias, need_col_bias = needs
+        if self.symmetric:
+            need_y, need_col_bias = need_x, need_row_bias and self.candidates[2] is not None
+        mine: Rows = [None, None]
+
+        def of_block(args: tuple[Any, ...], place: Place, *travelling: Tensor | None) -> Any:
+            theirs = not self.is_symmetric(place)
+            wanted = [need_x, need_y and theirs, need_row_bias, need_col_bias and theirs]
+            grads = iter(backward(args, wanted, *travelling))
+            dx, dy, drow_bias, dcol_bias = (next(grads) if want else None for want in wanted)
+            mine[:] = added(mine, [dx, drow_bias])
+            return [dy, dcol_bias]
+
+        dy, dcol_bias = self.visit(of_block, *more)
+        dx, drow_bias = mine
+        if self.symmetric:
+            dx, drow_bias = added([dx, drow_bias], [dy, dcol_bias])
+            dy = dcol_bias = None
+        return [dx, dy, drow_bias, dcol_bias]
+
+
+def _merged(a: Tensor, b: Tensor) -> Tensor:
+    """Sums s e^m [2, ...] of two sets as that of their union."""
+    (s, m), (t, n) = a, b
+    top = torch.where(s == 0, n, torch.where(t == 0, m, torch.maximum(m, n)))
+    parts = (torch.where(sums == 0, 0, sums * (shift - top).exp()) for sums, shift in ((s, m), (t, n)))
+    return engines.normalised(sum(parts), top)  # type: ignore[arg-type]
+
+
+def _by_row(sums: Tensor) -> Tensor:
+    """[2, K, M] as [M, 2, K], as rows travel."""
+    return sums.permute(2, 0, 1)
+
+
+def _by_set(sums: Tensor) -> Tensor:
+    return sums.permute(1, 2, 0)
+
+
+class _RowStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, *args: Any) -> Any:
+        pairs, how, both_sides = _Pairs(ranks, args, biased_both_ways=True), args[_NUM_PAIRS:], args[_NUM_PAIRS + 4]
+        row_sums: list[Tensor] = []
+
+        def compute(block: tuple[Any, ...], place: Place) -> Any:
+            _, _, rows, cols = torch.ops.pairloss.row_stats(*block, *how)
+            row_sums[:] = [_merged(row_sums[0], rows) if row_sums else rows]
+            return [_by_row(cols)] if both_sides else None
+
+        home = pairs.visit(compute, merge=lambda a, b: [_by_row(_merged(_by_set(a[0]), _by_set(b[0])))])
+        sums = row_sums[0]
+        col_sums = _by_set(home[0]).contiguous() if both_sides else sums.new_empty(*sums.shape[:2], 0)
+        ctx.pairs, ctx.how, ctx.both_sides = pairs, how, both_sides
+        ctx.save_for_backward(sums, col_sums)
+        ctx.mark_non_differentiable(sums, col_sums)
+        return _log(sums), _log(col_sums), sums, col_sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor, grad_cols: Tensor, *_: None) -> Any:
+        sums, col_sums = ctx.saved_tensors
+        row_weights, col_weights = _weights(sums, grad_rows), _weights(col_sums, grad_cols)
+
+        def backward(block: tuple[Any, ...], wanted: list[bool], *travelling: Tensor) -> Any:
+            of_cols = _by_set(travelling[0]).contiguous() if ctx.both_sides else col_weights
+            return torch.ops.pairloss.row_stats_backward(*block, *ctx.how, row_weights, of_cols, wanted)
+
+        return _returned(ctx, backward, *([_by_row(col_weights)] if ctx.both_sides else []))
+
+
+class _PairSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, *args: Any) -> Tensor:
+        ctx.pairs, ctx.how = pairs, how = _Pairs(ranks, args, biased_both_ways=False), args[_NUM_PAIRS:]
+        sums = pairs.x.new_zeros(pairs.x.shape[0])
+
+        def compute(block: tuple[Any, ...], place: Place) -> None:
+            sums.add_(torch.ops.pairloss.pair_sum(*block, *how))
+
+        pairs.visit(compute)
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _returned(ctx, lambda block, wanted: torch.ops.pairloss.pair_sum_backward(*block, *ctx.how, grad.contiguous(), wanted))
+
+
+def _returned(ctx: Any, backward: Any, *travelling: Tensor) -> tuple[Any, ...]:
+    """What a Function's backward returns: gradients at the places of its differentiable arguments."""
+    places = [1 + i for i in (_X, _Y, _ROW_BIAS, _COL_BIAS)]  # after the ranks
+    grads = ctx.pairs.gradients([ctx.needs_input_grad[i] for i in places], backward, *travelling)
+    result: list[Any] = [None] * len(ctx.needs_input_grad)
+    for i, grad in zip(places, grads, strict=True):
+        result[i] = grad
+    return tuple(result)
+
+
+def top_k(ranks: Ranks, *args: Any) -> Tensor:
+    """ops.top_k, whose indices count the candidates of all ranks, rank by rank."""
+    *pair_args, cutoff, k = args
+    pairs = _Pairs(ranks, pair_args, biased_both_ways=True)
+    candidates = pairs.starts[-1]
+    if not 1 <= k <= candidates:
+        raise ValueError(f"k: expected 1 <= k <= {candidates}, the number of candidates, got {k}")
+    best: list[Tensor] = []
+
+    def compute(block: tuple[Any, ...], place: Place) -> None:
+        x, y, *_, bias, product_dtype = block
+        y = x if y is None else y
+        index = torch.ops.pairloss.top_k(*block, cutoff, min(k, y.shape[0]))
+        if y.shape[0] == 0:
+            return
+        z = torch.ops.pairloss.selected_products(x, y, index, product_dtype)
+        if bias is not None:
+            z = z + bias[index.clamp(min=0).long()]
+        index = torch.where(index < 0, -1, index + place.start)
+        if best:
+            z, index = torch.cat([best[0], z], 1), torch.cat([best[1], index], 1)
+        order = index.argsort(dim=1, stable=True)  # of equal logits the lower index
+        z, index = z.gather(1, order), index.gather(1, order)
+        order = z.argsort(dim=1, descending=True, stable=True)[:, :k]
+        best[:] = [z.gather(1, order), index.gather(1, order)]
+
+    pairs.visit(compute)
+    return best[1]
+
+
+def selected_products(ranks: Ranks, x: Tensor, y: Tensor, index: Tensor, product_dtype: torch.dtype) -> Tensor:
+    """ops.selected_products with the indices of :func:`top_k`."""
+    return _SelectedProducts.apply(ranks, x, y, index, product_dtype)
+
+
+def _within(index: Tensor, start: int, rows: int) -> Tensor:
+    """Of the candidates of all ranks those in one block, counted there; -1 for the others."""
+    return torch.where((index >= start) & (index < start + rows), index - start, -1)
+
+
+class _SelectedProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, x: Tensor, y: Tensor, index: Tensor, product_dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, y, index)
+        ctx.ranks, ctx.product_dtype, ctx.starts = ranks, product_dtype, ranks.sizes(y.shape[0])
+        result = x.new_full(index.shape, -torch.inf)
+
+        def compute(block: Rows, place: Place) -> None:
+            rows = block[0].to(x.dtype)
+            here = _within(index, place.start, rows.shape[0])
+            if rows.shape[0]:
+                found = torch.ops.pairloss.selected_products(x, rows, here, product_dtype)
+                result.copy_(torch.where(here >= 0, found, result))
+
+        ranks.visit([y.to(product_dtype)], ctx.starts, compute)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, y, index = ctx.saved_tensors
+        dx = torch.zeros_like(x)
+
+        def compute(block: Rows, place: Place) -> Rows:
+            rows = block[0].to(x.dtype)
+            if rows.shape[0] == 0:
+                return [torch.zeros_like(rows)]
+            here = _within(index, place.start, rows.shape[0])
+            of_x, of_rows = torch.ops.pairloss.selected_products_backward(x, rows, here, ctx.product_dtype, grad.contiguous(), [True, True])
+            dx.add_(of_x)
+            return [of_rows]
+
+        (dy,) = ctx.ranks.visit([y.to(ctx.product_dtype)], ctx.starts, compute)
+        return None, dx, dy, None, None
+
+
+def count(ranks: Ranks, ids: Tensor, candidate_ids: Tensor) -> Tensor:
+    """groups.count over the candidates of all ranks."""
+    result = torch.zeros_like(ids)
+
+    def compute(block: Rows, _: Place) -> None:
+        result.add_(order.count(ids, block[0]))
+
+    ranks.visit([candidate_ids], ranks.sizes(len(candidate_ids)), compute)
+    return result
+
+
+def class_sums(ranks: Ranks, rows: Tensor, row_ids: Tensor, ids: Tensor) -> Tensor:
+    """groups.class_sums over the rows of all ranks."""
+    return _ClassSums.apply(ranks, rows, row_ids, ids)
+
+
+class _ClassSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, rows: Tensor, row_ids: Tensor, ids: Tensor) -> Tensor:
+        ctx.ranks, ctx.ids = ranks, (row_ids, ids)
+        return _sums_of_classes(ranks, rows, row_ids, ids)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        row_ids, ids = ctx.ids
+        return None, _sums_of_classes(ctx.ranks, grad, ids, row_ids), None, None  # the transpose: anchors and candidates change places
+
+
+def _sums_of_classes(ranks: Ranks, rows: Tensor, row_ids: Tensor, ids: Tensor) -> Tensor:
+    result = rows.new_zeros(len(ids), rows.shape[1])
+
+    def compute(block: Rows, place: Place) -> None:
+        values, value_ids = block
+        if len(values):
+            some = order.count(ids, value_ids) > 0
+            result.add_(torch.where(some[:, None], order.class_sums(values, value_ids, ids), 0))
+
+    ranks.visit([rows, row_ids], ranks.sizes(len(rows)), compute)
+    return result

@@ -1,0 +1,367 @@
+"""Losses whose batch is spread over ranks, by gloo on this machine: value and gradients are those of one process with all rows."""
+
+import datetime
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import pairloss
+from pairloss.testing import LOSSES, Sample
+
+pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
+
+STRATEGIES = ("gather", "ring")
+ALL = [(loss, option) for loss, spec in LOSSES.items() for option in spec.options]
+# One of every path: each loss, other sets of candidates, pools, selections, words, both sides, copies of an item.
+WORDS = (
+    "ref", "multi-hot", "sqeuclidean", "pairs", "batch", "top_k", "both_sides", "negative_ids", "ids", "each", "weight", "sum", "beta",
+)  # fmt: skip
+FEW = [(loss, option) for loss, option in ALL if option == LOSSES[loss].options[0] or any(word in option.split("-") for word in WORDS)]
+
+
+def run(worker, ranks: int, tmp_path, *args) -> None:
+    """The worker on so many ranks; what one of them raises is raised here."""
+    mp.spawn(_start, (worker, ranks, f"file://{tmp_path}/store", args), nprocs=ranks)
+
+
+def _start(rank, worker, ranks, store, args):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=60))
+    worker(rank, ranks, *args)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def shares(n: int, ranks: int, even: bool) -> list[slice]:
+    """Rows of each rank: as many for all; or none for the first, and most for the last."""
+    ends = [n * i // ranks for i in range(ranks + 1)] if even else [0, 0, *range(2, ranks), n]
+    return [slice(a, b) for a, b in itertools.pairwise(ends)]
+
+
+def has_rows(name: str, value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim > 0 and name != "class_weight"
+
+
+def part(values: dict, rank: int, ranks: int, even: bool) -> dict:
+    return {k: v[shares(len(v), ranks, even)[rank]] if has_rows(k, v) else v for k, v in values.items()}
+
+
+def compare_with_one_process(rank, ranks, cases, even):
+    for loss, option in cases:
+        spec = LOSSES[loss]
+        sample = spec.sample(12, 5, 12, option)
+        value, grads = sample.run(spec.function)
+        if value.ndim:  # an option "none": per anchor, below
+            continue
+        mine = Sample(part(sample.differentiable, rank, ranks, even), part(sample.others, rank, ranks, even))
+        grads = part(grads, rank, ranks, even)
+        for strategy in STRATEGIES:
+            of_all, of_mine = mine.run(pairloss.distributed(spec.function, strategy=strategy))
+            what = f"{loss} {option} {strategy}, rank {rank}"
+            assert_close(of_all, value, what)
+            for name, grad in of_mine.items():
+                # Rows of a rank: averaging over ranks, as DistributedDataParallel does with parameters, is still to come.
+                assert_close(grad / ranks if has_rows(name, grad) else grad, grads[name], f"{what}, {name}")
+
+
+def assert_close(ours, expected, what):
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10, msg=lambda message: f"{what}: {message}")
+
+
+@pytest.mark.parametrize(("ranks", "even"), [(1, True), (2, True), (3, False)])
+def test_value_and_gradients_are_those_of_one_process(tmp_path, ranks, even):
+    run(compare_with_one_process, ranks, tmp_path, FEW, even)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_every_option_on_2_to_4_ranks(tmp_path, ranks, even):
+    run(compare_with_one_process, ranks, tmp_path, ALL, even)
+
+
+def batch(seed=0, n=24, d=6):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, d, generator=generator, dtype=torch.float64), torch.randint(0, 4, (n,), generator=generator)
+
+
+class Model(nn.Module):
+    """An encoder and a temperature of its own, which the loss takes out of the model's output."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+        self.log_tau = nn.Parameter(torch.tensor(-1.0, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.encoder(x), self.log_tau.exp()
+
+
+def trained(model, x, labels, loss, steps=3):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    for _ in range(steps):
+        rows, tau = model(x)
+        optimizer.zero_grad()
+        loss(rows, labels, tau).backward()
+        optimizer.step()
+    return model
+
+
+def train_with_ddp(rank, ranks):
+    x, labels = batch()
+    expected = trained(Model(), x, labels, pairloss.snnl)
+    for even in (True, False):
+        mine = shares(len(x), ranks, even)[rank]
+        for strategy in STRATEGIES:
+            loss = pairloss.distributed(pairloss.snnl, strategy=strategy)
+            model = trained(DistributedDataParallel(Model()), x[mine], labels[mine], loss).module
+            for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_training_with_ddp_is_that_of_one_process(tmp_path):
+    run(train_with_ddp, 3, tmp_path)
+
+
+class Rows(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = Model().encoder
+
+    def forward(self, x):
+        return self.encoder(x), 0.3
+
+
+def train_with_fsdp(rank, ranks):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    x, labels = batch()
+    expected = trained(Rows(), x, labels, pairloss.supcon)
+    model = Rows()
+    fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
+    mine = shares(len(x), ranks, False)[rank]
+    trained(model, x[mine], labels[mine], pairloss.distributed(pairloss.supcon, strategy="ring"))
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours.full_tensor(), theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_training_with_fsdp_is_that_of_one_process(tmp_path):
+    run(train_with_fsdp, 3, tmp_path)
+
+
+def anchors_of_a_rank(rank, ranks):
+    x, labels = batch()
+    mine = shares(len(x), ranks, False)[rank]
+    losses = pairloss.snnl(x, labels, 0.3, reduction="none")
+    for strategy in STRATEGIES:
+        ours = pairloss.distributed(pairloss.snnl, strategy=strategy)(x[mine], labels[mine], 0.3, reduction="none")
+        torch.testing.assert_close(ours, losses[mine])
+
+
+def test_none_gives_the_anchors_of_the_rank(tmp_path):
+    run(anchors_of_a_rank, 3, tmp_path)
+
+
+def modules_of_a_group(rank, ranks):
+    x, labels = batch()
+    mine = shares(len(x), ranks, True)[rank]
+    for strategy in STRATEGIES:
+        module = pairloss.nn.SNNL(0.3, learnable=True, group="world", strategy=strategy).double()
+        alone = pairloss.nn.SNNL(0.3, learnable=True).double()
+        loss, expected = module(x[mine], labels[mine]), alone(x, labels)
+        torch.testing.assert_close(loss, expected)
+        loss.backward()
+        expected.backward()
+        torch.testing.assert_close(module.log_tau.grad, alone.log_tau.grad)
+    pair = dist.new_group([0, 1])
+    if rank < 2:
+        rows = shares(len(x), ranks, True)
+        both = slice(0, rows[1].stop)
+        torch.testing.assert_close(
+            pairloss.nn.SNNL(0.3, group=pair).double()(x[mine], labels[mine]), pairloss.snnl(x[both], labels[both], 0.3)
+        )
+
+
+def test_modules_of_the_world_and_of_a_group_within(tmp_path):
+    run(modules_of_a_group, 3, tmp_path)
+
+
+def half_precision(rank, ranks):
+    x, labels = batch(n=64, d=32)
+    x = x.bfloat16()
+    value, grads = Sample({"features": x}, {"labels": labels, "tau": 0.3}).run(pairloss.snnl)
+    mine = shares(len(x), ranks, False)[rank]
+    for strategy in STRATEGIES:
+        sample = Sample({"features": x[mine]}, {"labels": labels[mine], "tau": 0.3})
+        ours, of_mine = sample.run(pairloss.distributed(pairloss.snnl, strategy=strategy))
+        torch.testing.assert_close(ours, value, rtol=1e-5, atol=0)
+        torch.testing.assert_close(of_mine["features"] / ranks, grads["features"][mine], rtol=2e-2, atol=1e-4)
+
+
+def test_half_rows(tmp_path):
+    run(half_precision, 3, tmp_path)
+
+
+def different_calls(rank, ranks):
+    x, labels = batch()
+    loss = pairloss.distributed(pairloss.snnl)
+    with pytest.raises(ValueError, match=r"expected the same call on all ranks, got snnl\(.* by gather on rank 0, snnl\(.* on rank 1"):
+        loss(x, labels, 0.1 + rank)
+    with pytest.raises(ValueError, match=r"expected the same call .*float64.*float32"):
+        loss(x.float() if rank else x, labels, 0.1)
+    with pytest.raises(ValueError, match="expected the same call"):
+        loss(x[:, : 6 - rank], labels, 0.1)
+    with pytest.raises(ValueError, match="expected the same call"):
+        pairloss.distributed(pairloss.snnl, strategy=STRATEGIES[rank])(x, labels, 0.1)
+    with pytest.raises(ValueError, match="expected the same call"):
+        (loss if rank else pairloss.distributed(pairloss.supcon))(x, labels, 0.1)
+    # One rank's own mistake is told to the other, which would wait for it.
+    with pytest.raises(ValueError, match=r"^labels: expected shape" if rank else r"on rank 1.*|ValueError: labels: expected shape"):
+        loss(x, labels[: 24 - rank], 0.1)
+    torch.testing.assert_close(loss(x, labels, 0.1), pairloss.snnl(torch.cat([x, x]), torch.cat([labels, labels]), 0.1))  # and it goes on
+    with pytest.raises(ValueError, match=r"backend: expected an engine under pairloss\.distributed, got 'reference'"):
+        loss(x, labels, 0.1, backend="reference")
+
+
+def test_calls_that_differ_are_refused_on_all_ranks(tmp_path):
+    run(different_calls, 2, tmp_path)
+
+
+def one_rank_dies(rank, ranks, results):
+    x, labels = batch(n=600, d=64)
+    loss = pairloss.distributed(pairloss.snnl, strategy="ring")
+    loss(x, labels, 0.1)
+    dist.barrier()
+    start = time.monotonic()
+    try:
+        for step in range(100_000):
+            if rank == 1 and step == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            loss(x, labels, 0.1)
+    except RuntimeError as error:
+        (results / str(rank)).write_text(f"{time.monotonic() - start} {error}")
+    os._exit(0)
+
+
+def test_a_rank_that_dies_ends_the_others_with_an_error(tmp_path):
+    context = mp.get_context("spawn")
+    arguments = (one_rank_dies, 3, f"file://{tmp_path}/store", (tmp_path,))
+    processes = [context.Process(target=_start, args=(rank, *arguments)) for rank in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(90)
+    assert [process.exitcode for process in processes] == [0, -signal.SIGKILL, 0]
+    for rank in (0, 2):
+        seconds, message = (tmp_path / str(rank)).read_text().split(" ", 1)
+        assert float(seconds) < 60
+        assert f"pairloss.distributed: rank {rank} of 3 lost contact with another rank" in message
+
+
+def test_the_group_must_be_there():
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        pairloss.distributed(pairloss.snnl)(*batch(), 0.1)
+    with pytest.raises(ValueError, match="strategy: expected one of"):
+        pairloss.distributed(pairloss.snnl, strategy="star")
+    with pytest.raises(ValueError, match="strategy: expected one of"):
+        pairloss.nn.SNNL(0.1, strategy="star")
+    with pytest.raises(TypeError, match="loss: expected a callable, got str"):
+        pairloss.distributed("snnl")
+
+
+class Dropped(Model):
+    """With random numbers, and a second output."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder.insert(2, nn.Dropout(0.3))
+
+    def forward(self, x):
+        rows, tau = super().forward(x)
+        return rows, rows.sin(), tau
+
+
+def caching_loss(rows, others, tau, labels):
+    return pairloss.snnl(rows, labels, tau) + pairloss.contrastive(rows, others, tau)
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 24, 100])
+def test_grad_cache_is_the_plain_step(chunk):
+    x, labels = batch()
+    plain, cached = Dropped().eval(), Dropped().eval()
+    expected = caching_loss(*plain(x), labels)
+    expected.backward()
+    value = pairloss.grad_cache(cached, caching_loss, chunk)(x, labels=labels)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradients(cached), gradients(plain))
+
+
+def test_grad_cache_draws_the_same_random_numbers_again():
+    x, labels = batch()
+    model, seen = Dropped(), []
+
+    def encoder(x):
+        outputs = model(x)
+        seen.append(outputs[0].detach())
+        return outputs
+
+    torch.manual_seed(3)
+    pairloss.grad_cache(encoder, caching_loss, 8)(x, labels=labels)
+    assert all(torch.equal(a, b) for a, b in zip(seen[:3], seen[3:], strict=True))
+    assert not torch.equal(seen[0][:8] == seen[0].median(), seen[1][:8] == seen[1].median())
+
+
+def cache_under_ddp(rank, ranks):
+    x, labels = batch()
+    plain = Dropped().eval()
+    caching_loss(*plain(x), labels).backward()
+    for even in (True, False):
+        mine = shares(len(x), ranks, even)[rank]
+        model = DistributedDataParallel(Dropped().eval())
+        pairloss.grad_cache(model, pairloss.distributed(caching_loss), 4)(x[mine], labels=labels[mine])
+        torch.testing.assert_close(gradients(model.module), gradients(plain), rtol=1e-10, atol=1e-10)
+
+
+def test_grad_cache_under_ddp_is_the_plain_step_of_one_process(tmp_path):
+    run(cache_under_ddp, 3, tmp_path)
+
+
+def test_grad_cache_scales_and_refuses():
+    x, labels = batch()
+    models = [Dropped().eval() for _ in range(2)]
+    pairloss.grad_cache(models[0], caching_loss, 7)(x, labels=labels)
+    pairloss.grad_cache(models[1], caching_loss, 7)(x, labels=labels, backward=lambda loss: (4 * loss).backward())
+    for name, grad in gradients(models[0]).items():
+        torch.testing.assert_close(gradients(models[1])[name], 4 * grad)
+    with pytest.raises(ValueError, match="chunk: expected"):
+        pairloss.grad_cache(models[0], caching_loss, 0)
+    with pytest.raises(ValueError, match="inputs: expected one or more tensors"):
+        pairloss.grad_cache(models[0], caching_loss, 7)(x, labels[:5])
+
+
+def test_the_script_in_the_documentation_runs_as_pasted(tmp_path):
+    page = (Path(__file__).parent.parent / "docs/distributed.md").read_text()
+    (script,) = re.findall(r'```py title="train.py"\n(.*?)```', page, re.DOTALL)
+    (tmp_path / "train.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 0 < float(re.fullmatch(r"loss (\d\.\d{3})\n", done.stdout)[1]) < 10
