@@ -3,11 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-BENCH := $(VENV)/.bench
 # Threads that spin while they wait for others are slower than one thread on a machine that is shared.
 PASSIVE := OMP_WAIT_POLICY=passive
 
-.PHONY: demo test check bench aot gpu
+.PHONY: demo test test-all check docs bench aot gpu
 
 # Without the CUDA engine, which takes minutes to build: its tests compile what they need.
 $(READY): requirements-dev.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
@@ -22,6 +21,10 @@ demo: $(READY)
 # Triton reads TRITON_INTERPRET when it decorates a kernel, so its tests are a process of their own.
 test: $(READY)
 	$(BIN)/python -m pytest -n auto tests
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests -m "engines and not slow"
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -n auto tests -m "slow or not slow"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests -m engines
 
 check: $(READY)
@@ -29,11 +32,11 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(BENCH): $(READY) bench/requirements.txt
-	$(BIN)/python -m pip install --quiet -r bench/requirements.txt
-	touch $@
+# The site, in site/. A warning is an error.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-bench: $(BENCH)
+bench: $(READY)
 	$(BIN)/python -m pytest bench --benchmark
 
 # Machine code for GPUs that need not be there: registers, spills. Takes half an hour.
@@ -44,7 +47,7 @@ aot: $(READY)
 # For a machine with a GPU: the interpreter that is there, no network, no virtual environment.
 gpu:
 	PAIRLOSS_CUDA=1 CMAKE_CUDA_ARCHITECTURES=native $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
-	$(PYTHON) -m pytest tests -m engines
+	$(PYTHON) -m pytest tests -m "engines and not slow"
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/cuda_host.py
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/cuda_host.py
 	$(PYTHON) bench/run.py --device cuda --losses snnl --rows 1024 4096 16384 65536 --columns 128 256 512 1024 --dtype bfloat16 float32

@@ -177,7 +177,7 @@ def why_not(case: Case, provider: str, limit: float) -> str | None:
     if other is None:
         return "pytorch-metric-learning has no such loss"
     if provider == "pml" and pml is None:
-        return "pytorch-metric-learning is not installed (bench/requirements.txt)"
+        return "pytorch-metric-learning is not installed"
     needs = (other.bytes_per_pair * case.n**2 + other.bytes_per_triple * case.n**3) * case.dtype.itemsize / 4
     return None if needs <= limit else f"would take about {needs / 1e9:,.0f} GB, above the limit of {limit / 1e9:,.0f}"
 
