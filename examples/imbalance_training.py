@@ -150,7 +150,7 @@ def train(recipe: Recipe, x: Tensor, y: Tensor, classes: int, settings: Settings
 def predictions(recipe: Recipe, model: nn.Sequential, x: Tensor, y: Tensor, test_x: Tensor) -> Tensor:
     if not recipe.nearest:
         return model(test_x).argmax(1).cpu()
-    # One neighbour: of a class with four rows, five would never be the majority.
+    # One neighbour: with five, a class of four rows would need three of them to win the vote.
     space = nn.Flatten() if recipe.loss == "pixels" else model[:-1] if recipe.judge == "hidden" else model
     train_codes, test_codes = (nn.functional.normalize(space(rows)).cpu().numpy() for rows in (x, test_x))
     return torch.from_numpy(KNeighborsClassifier(1).fit(train_codes, y.cpu().numpy()).predict(test_codes))

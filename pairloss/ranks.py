@@ -83,8 +83,8 @@ class Ranks:
 
     def sizes(self, rows: int) -> list[int]:
         """Where each rank's rows begin, and at last how many there are."""
-        backends = getattr(self.group, "_device_types", [torch.device("cpu")])
-        device = torch.device("cpu") if torch.device("cpu") in backends else torch.device("cuda", torch.cuda.current_device())
+        # Where the group can talk on the CPU, no device is waited for.
+        device = "cpu" if "cpu:" in dist.get_backend_config(self.group) else f"cuda:{torch.cuda.current_device()}"
         mine = torch.tensor([_hash(self.signature), rows], device=device)
         all_of_them = [torch.empty_like(mine) for _ in range(self.size)]
         with self._talking():
