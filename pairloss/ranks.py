@@ -126,7 +126,9 @@ class Ranks:
         parts = [result[a:b] for a, b in itertools.pairwise(starts)]
         with self._talking():
             if len({len(part) for part in parts}) == 1:
-                dist.all_gather_into_tensor(result, rows, group=self.group)
+                # Its name since torch 2.13, which warns of the older one.
+                all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+                all_gather(result, rows, group=self.group)
                 return result
             parts[self.rank].copy_(rows)
             sources = [(part, dist.get_global_rank(self.group, i)) for i, part in enumerate(parts) if len(part)]
