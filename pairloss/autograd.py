@@ -20,8 +20,8 @@ _library = torch.library.Library("pairloss", "DEF")
 
 # Which pairs are compared.
 _PAIRS = "Tensor x, Tensor? y, Tensor? ids_x, Tensor? ids_y, int? self_offset, Tensor? row_bias, Tensor? col_bias, ScalarType product_dtype"
-_NUM_PAIRS = _PAIRS.count(",") + 1
-_DIFFERENTIABLE = (0, 1, 5, 6)  # x, y, row_bias, col_bias
+NUM_PAIRS = _PAIRS.count(",") + 1
+DIFFERENTIABLE = (0, 1, 5, 6)  # x, y, row_bias, col_bias
 # And how, in the order of Call's fields.
 _ROW_STATS = f"{_PAIRS}, Tensor? cutoff, str score, float m, float gamma, bool both_sides, float logit_bound, str? backend"
 _PAIR_SUM = f"{_PAIRS}, str over, str term, str? backend"
@@ -46,10 +46,10 @@ def _row_stats(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         order = LabelOrder(call, engine)
         row_sums, col_sums = engine.row_stats_fwd(order.call)
         row_sums, col_sums = order.unordered_rows(row_sums, 2), order.unordered_cols(col_sums, 2)
-        return _log(row_sums), _log(col_sums) if call.both_sides else col_sums.new_empty(col_sums.shape[1:]), row_sums, col_sums
+        return log_of(row_sums), log_of(col_sums) if call.both_sides else col_sums.new_empty(col_sums.shape[1:]), row_sums, col_sums
 
 
-def _log(sums: Tensor) -> Tensor:
+def log_of(sums: Tensor) -> Tensor:
     s, m = sums
     return s.log() + m
 
@@ -64,7 +64,7 @@ def _row_stats_backward(*args: Any) -> list[Tensor]:
         return _needed(order.unordered_grads(*grads), needs)
 
 
-def _weights(sums: Tensor, grad: Tensor) -> Tensor:
+def weights_of(sums: Tensor, grad: Tensor) -> Tensor:
     """grad * exp(z - log sum) = (grad / s) e^-m * exp(z)."""
     s, m = sums
     return torch.stack([(grad / s).masked_fill(s == 0, 0), m])
@@ -118,7 +118,7 @@ def _fake_grads(inputs: list[Tensor], needs: list[bool]) -> list[Tensor]:
 
 
 def _fake_backward(*args: Any) -> list[Tensor]:
-    return _fake_grads([args[i] for i in _DIFFERENTIABLE], args[-1])
+    return _fake_grads([args[i] for i in DIFFERENTIABLE], args[-1])
 
 
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
@@ -136,13 +136,13 @@ for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():
     torch.library.register_fake(f"pairloss::{_name}", _fake, lib=_library)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], *more: Tensor) -> None:
+def save(ctx: Any, inputs: tuple[Any, ...], *more: Tensor) -> None:
     ctx.save_for_backward(*(v for v in inputs if isinstance(v, Tensor)), *more)
     ctx.inputs = [None if isinstance(v, Tensor) else v for v in inputs]
     ctx.is_tensor = [isinstance(v, Tensor) for v in inputs]
 
 
-def _saved(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
+def saved(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
     """(the inputs, what was saved besides)."""
     saved = iter(ctx.saved_tensors)
     inputs = [next(saved) if is_tensor else v for v, is_tensor in zip(ctx.inputs, ctx.is_tensor, strict=True)]
@@ -180,14 +180,14 @@ class RowStats(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[2:])
-        _save(ctx, inputs, *output[2:])
+        save(ctx, inputs, *output[2:])
 
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor, grad_cols: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        inputs, (row_sums, col_sums) = _saved(ctx)
-        both_sides = inputs[_NUM_PAIRS + 4]
-        weights = [_weights(row_sums, grad_rows), _weights(col_sums, grad_cols) if both_sides else col_sums]
-        return _backward(ctx, torch.ops.pairloss.row_stats_backward, _DIFFERENTIABLE, inputs + weights)
+        inputs, (row_sums, col_sums) = saved(ctx)
+        both_sides = inputs[NUM_PAIRS + 4]
+        weights = [weights_of(row_sums, grad_rows), weights_of(col_sums, grad_cols) if both_sides else col_sums]
+        return _backward(ctx, torch.ops.pairloss.row_stats_backward, DIFFERENTIABLE, inputs + weights)
 
 
 class PairSum(torch.autograd.Function):
@@ -201,11 +201,11 @@ class PairSum(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _save(ctx, inputs)
+        save(ctx, inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, torch.ops.pairloss.pair_sum_backward, _DIFFERENTIABLE, [*_saved(ctx)[0], grad])
+        return _backward(ctx, torch.ops.pairloss.pair_sum_backward, DIFFERENTIABLE, [*saved(ctx)[0], grad])
 
 
 class PairTotal(torch.autograd.Function):
@@ -225,21 +225,21 @@ class PairTotal(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
-        _save(ctx, inputs, *output[1:])
+        save(ctx, inputs, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        (*args, weights, formed), (sums, *grads) = _saved(ctx)
+        (*args, weights, formed), (sums, *grads) = saved(ctx)
         result: list[Tensor | None] = [None] * len(ctx.inputs)
-        if any(ctx.needs_input_grad[i] and not has for i, has in zip(_DIFFERENTIABLE, formed, strict=True)):
+        if any(ctx.needs_input_grad[i] and not has for i, has in zip(DIFFERENTIABLE, formed, strict=True)):
             # An outer torch.func transform wants what the inner one, which formed the gradient, did not.
-            result = list(_backward(ctx, torch.ops.pairloss.pair_sum_backward, _DIFFERENTIABLE, [*args, grad * weights]))
+            result = list(_backward(ctx, torch.ops.pairloss.pair_sum_backward, DIFFERENTIABLE, [*args, grad * weights]))
             (result[-2],) = _once(_multiplied, 1, grad, sums)
             return tuple(result)
         # The inputs come along for the second derivative to be refused: without them the gradient would be a constant.
         inputs = [v for v in (*args, weights) if isinstance(v, Tensor)]
         result[-2], *scaled = _once(_multiplied, 1 + len(grads), grad, sums, *grads, *inputs)
-        for i, v in zip((i for i, has in zip(_DIFFERENTIABLE, formed, strict=True) if has), scaled, strict=True):
+        for i, v in zip((i for i, has in zip(DIFFERENTIABLE, formed, strict=True) if has), scaled, strict=True):
             result[i] = v
         return tuple(result)
 
@@ -256,11 +256,11 @@ class SelectedProducts(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _save(ctx, inputs)
+        save(ctx, inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, torch.ops.pairloss.selected_products_backward, (0, 1), [*_saved(ctx)[0], grad])
+        return _backward(ctx, torch.ops.pairloss.selected_products_backward, (0, 1), [*saved(ctx)[0], grad])
 
 
 def _once(op: Any, *args: Any) -> Any:

@@ -44,7 +44,7 @@ def distributed(loss: Callable[..., Tensor], group: Any = None, strategy: str = 
 
     Every rank must call it, and differentiate it, in the same order. Each exchange of rows begins with one of their numbers, which every
     rank waits for; on GPUs let the group have a CPU backend too (``init_process_group()`` without one makes both) and no GPU waits.
-    Gradients of both strategies are not kept twice; second derivatives are refused. Deterministic for one number of ranks.
+    Second derivatives are refused. Deterministic for one number of ranks.
 
     Example:
         >>> import torch, pairloss

@@ -40,6 +40,8 @@ class _Loss(nn.Module):
     def __init__(self, *leading: Any, group: Any = None, strategy: str = "gather", **options: Any) -> None:
         super().__init__()
         checks.choice("strategy", strategy, STRATEGIES)
+        if isinstance(group, str):
+            checks.choice("group", group, ("world",))
         self.group, self.strategy = group, strategy
         bound = inspect.signature(type(self)).replace(parameters=self._parameters_of_function()).bind(*leading, **options)
         bound.apply_defaults()

@@ -12,11 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import engines, order
-from .autograd import _log, _weights
+from .autograd import DIFFERENTIABLE, NUM_PAIRS, log_of, save, saved, weights_of
 from .ranks import Place, Ranks, Rows, added
-
-_X, _Y, _ROW_BIAS, _COL_BIAS = 0, 1, 5, 6  # among the arguments of the primitive's ops
-_NUM_PAIRS = 8
 
 
 def row_stats(ranks: Ranks, *args: Any) -> tuple[Tensor, Tensor]:
@@ -32,15 +29,15 @@ def pair_sum(ranks: Ranks, *args: Any) -> Tensor:
 class _Pairs:
     """A call's anchors against one block of candidates after the other."""
 
-    def __init__(self, ranks: Ranks, args: Sequence[Any], biased_both_ways: bool) -> None:
-        self.x, self.y, self.ids_x, self.ids_y, self.self_offset, self.row_bias, self.col_bias, self.product_dtype = args[:_NUM_PAIRS]
+    def __init__(self, ranks: Ranks, args: Sequence[Any], biased_both_ways: bool, starts: list[int] | None = None) -> None:
+        self.x, self.y, self.ids_x, self.ids_y, self.self_offset, self.row_bias, self.col_bias, self.product_dtype = args[:NUM_PAIRS]
         if self.self_offset not in (None, 0):
             raise ValueError(f"self_offset: expected 0 or None under pairloss.distributed, got {self.self_offset}")
         self.ranks, self.symmetric = ranks, self.y is None
         candidates, ids, bias = (self.x, self.ids_x, self.row_bias) if self.symmetric else (self.y, self.ids_y, self.col_bias)
         # Engines multiply rows rounded to the product dtype: as such they travel.
         self.candidates = [candidates.detach().to(self.product_dtype), ids, bias if biased_both_ways or not self.symmetric else None]
-        self.starts = ranks.sizes(candidates.shape[0])
+        self.starts = ranks.sizes(candidates.shape[0]) if starts is None else starts
 
     def against(self, block: Rows, place: Place) -> tuple[Any, ...]:
         """The op's arguments."""
@@ -104,7 +101,7 @@ def _by_set(sums: Tensor) -> Tensor:
 class _RowStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ranks: Ranks, *args: Any) -> Any:
-        pairs, how, both_sides = _Pairs(ranks, args, biased_both_ways=True), args[_NUM_PAIRS:], args[_NUM_PAIRS + 4]
+        pairs, how, both_sides = _Pairs(ranks, args, biased_both_ways=True), args[NUM_PAIRS:], args[NUM_PAIRS + 4]
         row_sums: list[Tensor] = []
 
         def compute(block: tuple[Any, ...], place: Place) -> Any:
@@ -115,28 +112,31 @@ class _RowStats(torch.autograd.Function):
         home = pairs.visit(compute, merge=lambda a, b: [_by_row(_merged(_by_set(a[0]), _by_set(b[0])))])
         sums = row_sums[0]
         col_sums = _by_set(home[0]).contiguous() if both_sides else sums.new_empty(*sums.shape[:2], 0)
-        ctx.pairs, ctx.how, ctx.both_sides = pairs, how, both_sides
-        ctx.save_for_backward(sums, col_sums)
+        ctx.ranks, ctx.starts = ranks, pairs.starts
+        save(ctx, args, sums, col_sums)
         ctx.mark_non_differentiable(sums, col_sums)
-        return _log(sums), _log(col_sums), sums, col_sums
+        return log_of(sums), log_of(col_sums), sums, col_sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor, grad_cols: Tensor, *_: None) -> Any:
-        sums, col_sums = ctx.saved_tensors
-        row_weights, col_weights = _weights(sums, grad_rows), _weights(col_sums, grad_cols)
+        args, (sums, col_sums) = saved(ctx)
+        pairs, how, both_sides = _Pairs(ctx.ranks, args, True, ctx.starts), args[NUM_PAIRS:], args[NUM_PAIRS + 4]
+        row_weights, col_weights = weights_of(sums, grad_rows), weights_of(col_sums, grad_cols)
 
         def backward(block: tuple[Any, ...], wanted: list[bool], *travelling: Tensor) -> Any:
-            of_cols = _by_set(travelling[0]).contiguous() if ctx.both_sides else col_weights
-            return torch.ops.pairloss.row_stats_backward(*block, *ctx.how, row_weights, of_cols, wanted)
+            of_cols = _by_set(travelling[0]).contiguous() if both_sides else col_weights
+            return torch.ops.pairloss.row_stats_backward(*block, *how, row_weights, of_cols, wanted)
 
-        return _returned(ctx, backward, *([_by_row(col_weights)] if ctx.both_sides else []))
+        return _returned(ctx, pairs, backward, *([_by_row(col_weights)] if both_sides else []))
 
 
 class _PairSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ranks: Ranks, *args: Any) -> Tensor:
-        ctx.pairs, ctx.how = pairs, how = _Pairs(ranks, args, biased_both_ways=False), args[_NUM_PAIRS:]
+        pairs, how = _Pairs(ranks, args, biased_both_ways=False), args[NUM_PAIRS:]
+        ctx.ranks, ctx.starts = ranks, pairs.starts
+        save(ctx, args)
         sums = pairs.x.new_zeros(pairs.x.shape[0])
 
         def compute(block: tuple[Any, ...], place: Place) -> None:
@@ -148,13 +148,15 @@ class _PairSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _returned(ctx, lambda block, wanted: torch.ops.pairloss.pair_sum_backward(*block, *ctx.how, grad.contiguous(), wanted))
+        args, _ = saved(ctx)
+        pairs, how, weights = _Pairs(ctx.ranks, args, False, ctx.starts), args[NUM_PAIRS:], grad.contiguous()
+        return _returned(ctx, pairs, lambda block, wanted: torch.ops.pairloss.pair_sum_backward(*block, *how, weights, wanted))
 
 
-def _returned(ctx: Any, backward: Any, *travelling: Tensor) -> tuple[Any, ...]:
-    """What a Function's backward returns: gradients at the places of its differentiable arguments."""
-    places = [1 + i for i in (_X, _Y, _ROW_BIAS, _COL_BIAS)]  # after the ranks
-    grads = ctx.pairs.gradients([ctx.needs_input_grad[i] for i in places], backward, *travelling)
+def _returned(ctx: Any, pairs: _Pairs, backward: Any, *travelling: Tensor) -> tuple[Any, ...]:
+    """What a Function's backward returns: gradients at the places of its differentiable arguments, which follow the ranks."""
+    places = [1 + i for i in DIFFERENTIABLE]
+    grads = pairs.gradients([ctx.needs_input_grad[i] for i in places], backward, *travelling)
     result: list[Any] = [None] * len(ctx.needs_input_grad)
     for i, grad in zip(places, grads, strict=True):
         result[i] = grad
@@ -256,13 +258,14 @@ def class_sums(ranks: Ranks, rows: Tensor, row_ids: Tensor, ids: Tensor) -> Tens
 class _ClassSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ranks: Ranks, rows: Tensor, row_ids: Tensor, ids: Tensor) -> Tensor:
-        ctx.ranks, ctx.ids = ranks, (row_ids, ids)
+        ctx.ranks = ranks
+        ctx.save_for_backward(row_ids, ids)
         return _sums_of_classes(ranks, rows, row_ids, ids)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        row_ids, ids = ctx.ids
+        row_ids, ids = ctx.saved_tensors
         return None, _sums_of_classes(ctx.ranks, grad, ids, row_ids), None, None  # the transpose: anchors and candidates change places
 
 

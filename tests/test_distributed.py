@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import assert_rule
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -172,6 +173,21 @@ def anchors_of_a_rank(rank, ranks):
         torch.testing.assert_close(ours, losses[mine])
 
 
+def changed_labels(rank, ranks):
+    x, labels = batch()
+    mine = labels[shares(len(x), ranks, True)[rank]].clone()
+    rows = x[shares(len(x), ranks, True)[rank]].requires_grad_()
+    for strategy in STRATEGIES:
+        loss = pairloss.distributed(pairloss.supcon, strategy=strategy)(rows, mine, 0.3)
+        mine.zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_labels_that_change_before_the_backward_pass_are_noticed(tmp_path):
+    run(changed_labels, 2, tmp_path)
+
+
 def test_none_gives_the_anchors_of_the_rank(tmp_path):
     run(anchors_of_a_rank, 3, tmp_path)
 
@@ -201,15 +217,17 @@ def test_modules_of_the_world_and_of_a_group_within(tmp_path):
 
 
 def half_precision(rank, ranks):
-    x, labels = batch(n=64, d=32)
-    x = x.bfloat16()
-    value, grads = Sample({"features": x}, {"labels": labels, "tau": 0.3}).run(pairloss.snnl)
-    mine = shares(len(x), ranks, False)[rank]
+    sample = LOSSES["snnl"].sample(64, 32, 0, "number-tau").to(torch.bfloat16)
+    truth = sample.to(torch.float64).run(pairloss.snnl, backend="reference")
+    eager = sample.run(pairloss.snnl, backend="reference")
+    mine = Sample(part(sample.differentiable, rank, ranks, False), part(sample.others, rank, ranks, False))
     for strategy in STRATEGIES:
-        sample = Sample({"features": x[mine]}, {"labels": labels[mine], "tau": 0.3})
-        ours, of_mine = sample.run(pairloss.distributed(pairloss.snnl, strategy=strategy))
-        torch.testing.assert_close(ours, value, rtol=1e-5, atol=0)
-        torch.testing.assert_close(of_mine["features"] / ranks, grads["features"][mine], rtol=2e-2, atol=1e-4)
+        value, grads = mine.run(pairloss.distributed(pairloss.snnl, strategy=strategy))
+        assert_rule("loss", value, truth[0], eager[0], torch.bfloat16)
+        for name, grad in grads.items():
+            of_truth, of_eager = (part(of_all[1], rank, ranks, False)[name] for of_all in (truth, eager))
+            if grad.numel():
+                assert_rule(name, grad / ranks, of_truth, of_eager, torch.bfloat16)
 
 
 def test_half_rows(tmp_path):
@@ -279,6 +297,8 @@ def test_the_group_must_be_there():
         pairloss.distributed(pairloss.snnl, strategy="star")
     with pytest.raises(ValueError, match="strategy: expected one of"):
         pairloss.nn.SNNL(0.1, strategy="star")
+    with pytest.raises(ValueError, match="group: expected one of"):
+        pairloss.nn.SNNL(0.1, group="word")
     with pytest.raises(TypeError, match="loss: expected a callable, got str"):
         pairloss.distributed("snnl")
 
