@@ -5,8 +5,7 @@ Source: Sun et al. 2020 (the loss and its decision boundary), for images of 8 x 
 
 import functools
 import itertools
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -28,14 +27,13 @@ from torch.nn.functional import cross_entropy, normalize
 import pairloss
 
 from . import data as example_data
+from .report import TEN, spread
 
 PIXELS, UNTRAINED, SOFTMAX, TRIPLET, CIRCLE = "raw pixels", "untrained", "cross-entropy", "triplet margin", "circle"
 PLANE = 2  # units of the embedding that can be drawn as it is
 METRICS = ("cosine", "euclidean")
 # More pairs than this would only be drawn over one another.
 MOST_ANCHORS = 1000
-# Petroff 2021: ten colours that stay apart for colour-blind readers. The number of the class as marker says it once more.
-TEN = ("#3f90da", "#e76300", "#bd1f01", "#717581", "#832db6", "#a96b59", "#ffa90e", "#b9ac70", "#94a4a2", "#92dadd")
 BLUE, ORANGE = "#0072b2", "#d55e00"
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -278,12 +276,6 @@ def draw_boundary(ax: Axes, name: str, m: float) -> None:
 def inside(pairs: Pairs, boundary: str, m: float) -> float:
     logit = circle_logit if boundary == CIRCLE else triplet_logit
     return float((logit(pairs.s_n, pairs.s_p, m) < 0).float().mean())
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    if len(values) == 1:
-        return format(values[0], form)
-    return f"{format(statistics.mean(values), form)} ± {format(statistics.stdev(values), form)}"
 
 
 def report(results: Results, images: example_data.Images) -> str:

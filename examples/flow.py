@@ -4,7 +4,6 @@ python -m examples.flow --out DIR
 """
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,8 @@ import pairloss
 
 from . import data as example_data
 from .flow_layers import RealNVP, bits_per_dimension, dequantise
+from .report import TEN, spread
 
-# Petroff 2021: ten colours that stay apart for colour-blind readers. The marker says the class once more.
-TEN = ("#3f90da", "#e76300", "#bd1f01", "#717581", "#832db6", "#a96b59", "#ffa90e", "#b9ac70", "#94a4a2", "#92dadd")
 STEPS = 8  # of an interpolation
 
 
@@ -226,12 +224,6 @@ def draw_latents(results: Results, images: example_data.Images, path: Path) -> N
     verb = "pulls" if chosen[-1].entanglement < chosen[0].entanglement else "does not pull"
     figure.suptitle(f"SNNL {verb} the classes apart: latents of {len(images.test_x)} test images, at unit length", fontsize=13)
     figure.savefig(path, dpi=110)
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    if len(values) == 1:
-        return format(values[0], form)
-    return f"{format(statistics.mean(values), form)} ± {format(statistics.stdev(values), form)}"
 
 
 def report(results: Results, images: example_data.Images) -> str:
