@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import pairloss
-from pairloss.testing import LOSSES, Sample
+from pairloss.testing import FLOORS, LOSSES, Sample
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
 
@@ -30,6 +30,11 @@ WORDS = (
     "ref", "multi-hot", "sqeuclidean", "pairs", "batch", "top_k", "both_sides", "negative_ids", "ids", "each", "weight", "sum", "beta",
 )  # fmt: skip
 FEW = [(loss, option) for loss, option in ALL if option == LOSSES[loss].options[0] or any(word in option.split("-") for word in WORDS)]
+
+
+def assert_close(ours, expected, what=""):
+    floor = FLOORS[torch.float64]
+    torch.testing.assert_close(ours, expected, rtol=floor, atol=floor, msg=lambda message: f"{what}: {message}")
 
 
 def run(worker, ranks: int, tmp_path, *args) -> None:
@@ -75,10 +80,6 @@ def compare_with_one_process(rank, ranks, cases, even):
             for name, grad in of_mine.items():
                 # Rows of a rank: averaging over ranks, as DistributedDataParallel does with parameters, is still to come.
                 assert_close(grad / ranks if has_rows(name, grad) else grad, grads[name], f"{what}, {name}")
-
-
-def assert_close(ours, expected, what):
-    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10, msg=lambda message: f"{what}: {message}")
 
 
 @pytest.mark.parametrize(("ranks", "even"), [(1, True), (2, True), (3, False)])
@@ -130,7 +131,7 @@ def train_with_ddp(rank, ranks):
             loss = pairloss.distributed(pairloss.snnl, strategy=strategy)
             model = trained(DistributedDataParallel(Model()), x[mine], labels[mine], loss).module
             for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
-                torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+                assert_close(ours, theirs)
 
 
 def test_training_with_ddp_is_that_of_one_process(tmp_path):
@@ -157,7 +158,7 @@ def train_with_fsdp(rank, ranks):
     mine = shares(len(x), ranks, False)[rank]
     trained(model, x[mine], labels[mine], pairloss.distributed(pairloss.supcon, strategy="ring"))
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(ours.full_tensor(), theirs, rtol=1e-10, atol=1e-10)
+        assert_close(ours.full_tensor(), theirs)
 
 
 def test_training_with_fsdp_is_that_of_one_process(tmp_path):
@@ -170,7 +171,7 @@ def anchors_of_a_rank(rank, ranks):
     losses = pairloss.snnl(x, labels, 0.3, reduction="none")
     for strategy in STRATEGIES:
         ours = pairloss.distributed(pairloss.snnl, strategy=strategy)(x[mine], labels[mine], 0.3, reduction="none")
-        torch.testing.assert_close(ours, losses[mine])
+        assert_close(ours, losses[mine])
 
 
 def changed_labels(rank, ranks):
@@ -199,16 +200,16 @@ def modules_of_a_group(rank, ranks):
         module = pairloss.nn.SNNL(0.3, learnable=True, group="world", strategy=strategy).double()
         alone = pairloss.nn.SNNL(0.3, learnable=True).double()
         loss, expected = module(x[mine], labels[mine]), alone(x, labels)
-        torch.testing.assert_close(loss, expected)
+        assert_close(loss, expected)
         loss.backward()
         expected.backward()
-        torch.testing.assert_close(module.log_tau.grad, alone.log_tau.grad)
+        assert_close(module.log_tau.grad, alone.log_tau.grad)
     pair = dist.new_group([0, 1])
     if rank < 2:
         rows = shares(len(x), ranks, True)
         both = slice(0, rows[1].stop)
-        torch.testing.assert_close(
-            pairloss.nn.SNNL(0.3, group=pair).double()(x[mine], labels[mine]), pairloss.snnl(x[both], labels[both], 0.3)
+        assert_close(
+            pairloss.nn.SNNL(0.3, group=pair).double()(x[mine], labels[mine]), pairloss.nn.SNNL(0.3).double()(x[both], labels[both])
         )
 
 
@@ -250,7 +251,7 @@ def different_calls(rank, ranks):
     # One rank's own mistake is told to the other, which would wait for it.
     with pytest.raises(ValueError, match=r"^labels: expected shape" if rank else r"on rank 1.*|ValueError: labels: expected shape"):
         loss(x, labels[: 24 - rank], 0.1)
-    torch.testing.assert_close(loss(x, labels, 0.1), pairloss.snnl(torch.cat([x, x]), torch.cat([labels, labels]), 0.1))  # and it goes on
+    assert_close(loss(x, labels, 0.1), pairloss.snnl(torch.cat([x, x]), torch.cat([labels, labels]), 0.1))  # and it goes on
     with pytest.raises(ValueError, match=r"backend: expected an engine under pairloss\.distributed, got 'reference'"):
         loss(x, labels, 0.1, backend="reference")
 
@@ -330,8 +331,8 @@ def test_grad_cache_is_the_plain_step(chunk):
     expected = caching_loss(*plain(x), labels)
     expected.backward()
     value = pairloss.grad_cache(cached, caching_loss, chunk)(x, labels=labels)
-    torch.testing.assert_close(value, expected)
-    torch.testing.assert_close(gradients(cached), gradients(plain))
+    assert_close(value, expected)
+    assert_close(gradients(cached), gradients(plain))
 
 
 def test_grad_cache_draws_the_same_random_numbers_again():
@@ -357,7 +358,7 @@ def cache_under_ddp(rank, ranks):
         mine = shares(len(x), ranks, even)[rank]
         model = DistributedDataParallel(Dropped().eval())
         pairloss.grad_cache(model, pairloss.distributed(caching_loss), 4)(x[mine], labels=labels[mine])
-        torch.testing.assert_close(gradients(model.module), gradients(plain), rtol=1e-10, atol=1e-10)
+        assert_close(gradients(model.module), gradients(plain))
 
 
 def test_grad_cache_under_ddp_is_the_plain_step_of_one_process(tmp_path):
@@ -370,7 +371,7 @@ def test_grad_cache_scales_and_refuses():
     pairloss.grad_cache(models[0], caching_loss, 7)(x, labels=labels)
     pairloss.grad_cache(models[1], caching_loss, 7)(x, labels=labels, backward=lambda loss: (4 * loss).backward())
     for name, grad in gradients(models[0]).items():
-        torch.testing.assert_close(gradients(models[1])[name], 4 * grad)
+        assert_close(gradients(models[1])[name], 4 * grad)
     with pytest.raises(ValueError, match="chunk: expected"):
         pairloss.grad_cache(models[0], caching_loss, 0)
     with pytest.raises(ValueError, match="inputs: expected one or more tensors"):
