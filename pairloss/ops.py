@@ -150,12 +150,11 @@ def pair_sum(
         return PairSum.apply(*pairs, over, term, backend)
     if weights.shape != x.shape[:1] or weights.dtype != x.dtype:
         raise ValueError(f"weights: expected {x.dtype} of shape [{x.shape[0]}], got {weights.dtype} {list(weights.shape)}")
-    if (spread := ranks.current()) is not None:
-        sums = over_ranks.pair_sum(spread, *pairs, over, term, backend)
-        return ranks.total((weights * reference.without_silent(sums, weights)).sum())
     if backend == engines.REFERENCE:
         return (weights * reference.without_silent(reference.pair_sum(Call(*pairs), over, term), weights)).sum()
     needs = [torch.is_grad_enabled() and v is not None and v.requires_grad for v in (x, y, row_bias, col_bias)]
+    if (spread := ranks.current()) is not None:
+        return ranks.total(over_ranks.pair_total(spread, *pairs, over, term, backend, weights, needs))
     return PairTotal.apply(*pairs, over, term, backend, weights, needs)[0]
 
 

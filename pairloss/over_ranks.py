@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from . import engines, order
 from .autograd import DIFFERENTIABLE, NUM_PAIRS, log_of, save, saved, weights_of
 from .ranks import Place, Ranks, Rows, added
+from .reference import without_silent
 
 
 def row_stats(ranks: Ranks, *args: Any) -> tuple[Tensor, Tensor]:
@@ -24,6 +25,11 @@ def row_stats(ranks: Ranks, *args: Any) -> tuple[Tensor, Tensor]:
 
 def pair_sum(ranks: Ranks, *args: Any) -> Tensor:
     return _PairSum.apply(ranks, *args)
+
+
+def pair_total(ranks: Ranks, *args: Any) -> Tensor:
+    """ops.pair_sum with weights, of this rank's anchors."""
+    return _PairTotal.apply(ranks, *args)
 
 
 class _Pairs:
@@ -41,40 +47,42 @@ class _Pairs:
 
     def against(self, block: Rows, place: Place) -> tuple[Any, ...]:
         """The op's arguments."""
+        x, ids_x, row_bias = (None if v is None else v[place.mine] for v in (self.x, self.ids_x, self.row_bias))
         if self.is_symmetric(place):
-            return self.x, None, self.ids_x, None, self.self_offset, self.row_bias, None, self.product_dtype
+            return x, None, ids_x, None, self.self_offset, row_bias, None, self.product_dtype
         y, ids, bias = block
         offset = None if self.self_offset is None or place.own is None else self.self_offset + place.own
-        return self.x, y.to(self.x.dtype), self.ids_x, ids, offset, self.row_bias, bias, self.product_dtype
+        return x, y.to(self.x.dtype), ids_x, ids, offset, row_bias, bias, self.product_dtype
 
     def is_symmetric(self, place: Place) -> bool:
         return self.symmetric and place.is_own
 
-    def visit(self, compute: Any, *more: Tensor | None, merge: Any = None) -> Rows:
+    def visit(self, compute: Any, *more: Tensor | None, merge: Any = None, once: bool = False) -> Rows:
         """compute(the op's arguments, place, whatever else travels) for every block."""
 
         def of_block(block: Rows, place: Place) -> Any:
             return compute(self.against(block[:3], place), place, *block[3:])
 
-        return self.ranks.visit([*self.candidates, *more], self.starts, of_block, merge)
+        return self.ranks.visit([*self.candidates, *more], self.starts, of_block, merge, once)
 
-    def gradients(self, needs: Sequence[bool], backward: Any, *more: Tensor | None) -> list[Tensor | None]:
-        """Of x, y, row_bias and col_bias, where needed, from backward(the op's arguments, wanted, whatever else travels)."""
+    def gradients(self, needs: Sequence[bool], backward: Any, *more: Tensor | None, once: bool = False) -> list[Tensor | None]:
+        """Of x, y, row_bias and col_bias, where needed, from backward(the op's arguments, place, wanted, whatever else travels)."""
         need_x, need_y, need_row_bias, need_col_bias = needs
         if self.symmetric:
             need_y, need_col_bias = need_x, need_row_bias and self.candidates[2] is not None
-        mine: Rows = [None, None]
+        dx, drow_bias = (torch.zeros_like(v) if need else None for v, need in ((self.x, need_x), (self.row_bias, need_row_bias)))
 
         def of_block(args: tuple[Any, ...], place: Place, *travelling: Tensor | None) -> Any:
             theirs = not self.is_symmetric(place)
             wanted = [need_x, need_y and theirs, need_row_bias, need_col_bias and theirs]
-            grads = iter(backward(args, wanted, *travelling))
-            dx, dy, drow_bias, dcol_bias = (next(grads) if want else None for want in wanted)
-            mine[:] = added(mine, [dx, drow_bias])
+            grads = iter(backward(args, place, wanted, *travelling))
+            of_x, dy, of_row_bias, dcol_bias = (next(grads) if want else None for want in wanted)
+            for all_of_them, part in ((dx, of_x), (drow_bias, of_row_bias)):
+                if all_of_them is not None and part is not None:
+                    all_of_them[place.mine] += part
             return [dy, dcol_bias]
 
-        dy, dcol_bias = self.visit(of_block, *more)
-        dx, drow_bias = mine
+        dy, dcol_bias = self.visit(of_block, *more, once=once)
         if self.symmetric:
             dx, drow_bias = added([dx, drow_bias], [dy, dcol_bias])
             dy = dcol_bias = None
@@ -99,19 +107,23 @@ def _by_set(sums: Tensor) -> Tensor:
 
 
 class _RowStats(torch.autograd.Function):
+    """x against itself: what one rank's rows are to another's they are to it, so that one pass over their pairs gives the sums of both."""
+
     @staticmethod
     def forward(ctx: Any, ranks: Ranks, *args: Any) -> Any:
-        pairs, how, both_sides = _Pairs(ranks, args, biased_both_ways=True), args[NUM_PAIRS:], args[NUM_PAIRS + 4]
-        row_sums: list[Tensor] = []
+        pairs = _Pairs(ranks, args, biased_both_ways=True)
+        sums = pairs.x.new_zeros(2, 1 if pairs.ids_x is None else 2, pairs.x.shape[0])
 
         def compute(block: tuple[Any, ...], place: Place) -> Any:
+            how = _how(pairs, args, place)
             _, _, rows, cols = torch.ops.pairloss.row_stats(*block, *how)
-            row_sums[:] = [_merged(row_sums[0], rows) if row_sums else rows]
-            return [_by_row(cols)] if both_sides else None
+            sums[..., place.mine] = _merged(sums[..., place.mine], rows)
+            return [_by_row(cols)] if how[BOTH_SIDES] else None
 
-        home = pairs.visit(compute, merge=lambda a, b: [_by_row(_merged(_by_set(a[0]), _by_set(b[0])))])
-        sums = row_sums[0]
-        col_sums = _by_set(home[0]).contiguous() if both_sides else sums.new_empty(*sums.shape[:2], 0)
+        home = pairs.visit(compute, merge=lambda a, b: [_by_row(_merged(_by_set(a[0]), _by_set(b[0])))], once=pairs.symmetric)
+        col_sums = _by_set(home[0]).contiguous() if home else sums.new_empty(*sums.shape[:2], 0)
+        if pairs.symmetric and home:
+            sums, col_sums = _merged(sums, col_sums), sums.new_empty(*sums.shape[:2], 0)
         ctx.ranks, ctx.starts = ranks, pairs.starts
         save(ctx, args, sums, col_sums)
         ctx.mark_non_differentiable(sums, col_sums)
@@ -121,14 +133,27 @@ class _RowStats(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor, grad_cols: Tensor, *_: None) -> Any:
         args, (sums, col_sums) = saved(ctx)
-        pairs, how, both_sides = _Pairs(ctx.ranks, args, True, ctx.starts), args[NUM_PAIRS:], args[NUM_PAIRS + 4]
+        pairs = _Pairs(ctx.ranks, args, True, ctx.starts)
         row_weights, col_weights = weights_of(sums, grad_rows), weights_of(col_sums, grad_cols)
 
-        def backward(block: tuple[Any, ...], wanted: list[bool], *travelling: Tensor) -> Any:
-            of_cols = _by_set(travelling[0]).contiguous() if both_sides else col_weights
-            return torch.ops.pairloss.row_stats_backward(*block, *how, row_weights, of_cols, wanted)
+        def backward(block: tuple[Any, ...], place: Place, wanted: list[bool], *travelling: Tensor) -> Any:
+            how = _how(pairs, args, place)
+            of_cols = _by_set(travelling[0]).contiguous() if how[BOTH_SIDES] else col_weights
+            return torch.ops.pairloss.row_stats_backward(*block, *how, row_weights[..., place.mine].contiguous(), of_cols, wanted)
 
-        return _returned(ctx, pairs, backward, *([_by_row(col_weights)] if both_sides else []))
+        of_candidates = row_weights if pairs.symmetric else col_weights
+        travelling = [_by_row(of_candidates)] if pairs.symmetric or args[NUM_PAIRS + BOTH_SIDES] else []
+        return _returned(ctx, pairs, backward, *travelling, once=pairs.symmetric)
+
+
+BOTH_SIDES = 4  # among what follows the pairs
+
+
+def _how(pairs: _Pairs, args: Sequence[Any], place: Place) -> list[Any]:
+    """The op's arguments that follow the pairs."""
+    how = list(args[NUM_PAIRS:])
+    how[BOTH_SIDES] = not place.is_own if pairs.symmetric else how[BOTH_SIDES]
+    return how
 
 
 class _PairSum(torch.autograd.Function):
@@ -150,13 +175,45 @@ class _PairSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         args, _ = saved(ctx)
         pairs, how, weights = _Pairs(ctx.ranks, args, False, ctx.starts), args[NUM_PAIRS:], grad.contiguous()
-        return _returned(ctx, pairs, lambda block, wanted: torch.ops.pairloss.pair_sum_backward(*block, *how, weights, wanted))
+        return _returned(ctx, pairs, lambda block, _, wanted: torch.ops.pairloss.pair_sum_backward(*block, *how, weights, wanted))
 
 
-def _returned(ctx: Any, pairs: _Pairs, backward: Any, *travelling: Tensor) -> tuple[Any, ...]:
+class _PairTotal(torch.autograd.Function):
+    """The gradient is formed in the forward pass, as in autograd.PairTotal."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, *args: Any) -> Tensor:
+        *pair_args, weights, needs = args
+        pairs, how = _Pairs(ranks, pair_args, biased_both_ways=False), pair_args[NUM_PAIRS:]
+        sums = torch.zeros_like(weights)
+
+        def compute(block: tuple[Any, ...], _: Place, wanted: list[bool]) -> list[Tensor]:
+            of_block, grads = torch.ops.pairloss.pair_sum_with_grads(*block, *how, weights, wanted)
+            sums.add_(of_block)
+            return grads
+
+        grads = pairs.gradients(needs, compute)
+        sums = without_silent(sums, weights)
+        ctx.formed = [v is not None for v in grads]
+        save(ctx, args, sums, *(v for v in grads if v is not None))
+        return (weights * sums).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        _, (sums, *formed) = saved(ctx)
+        grads = iter(formed)
+        result: list[Any] = [None] * len(ctx.needs_input_grad)
+        for i, has in zip(DIFFERENTIABLE, ctx.formed, strict=True):
+            result[1 + i] = grad * next(grads) if has else None
+        result[-2] = grad * sums
+        return tuple(result)
+
+
+def _returned(ctx: Any, pairs: _Pairs, backward: Any, *travelling: Tensor, once: bool = False) -> tuple[Any, ...]:
     """What a Function's backward returns: gradients at the places of its differentiable arguments, which follow the ranks."""
     places = [1 + i for i in DIFFERENTIABLE]
-    grads = pairs.gradients([ctx.needs_input_grad[i] for i in places], backward, *travelling)
+    grads = pairs.gradients([ctx.needs_input_grad[i] for i in places], backward, *travelling, once=once)
     result: list[Any] = [None] * len(ctx.needs_input_grad)
     for i, grad in zip(places, grads, strict=True):
         result[i] = grad

@@ -52,11 +52,15 @@ def shared(scalar: Tensor) -> Tensor:
 
 
 class Place(NamedTuple):
-    """Where a block of rows stands."""
+    """Where a block of rows stands, and what it is to be compared with."""
 
     start: int  # its first row among those of all ranks
     own: int | None  # where this rank's rows begin in it
     is_own: bool  # it holds nothing else
+    mine: slice  # the rows of this rank that are compared with it
+
+
+ALL = slice(None)
 
 
 @dataclass
@@ -153,33 +157,76 @@ class Ranks:
             result = merge(result, part)
         return result
 
-    def visit(self, rows: Rows, starts: Sequence[int], compute: Callable[[Rows, Place], Any], merge: Any = None) -> Rows:
+    def visit(
+        self, rows: Rows, starts: Sequence[int], compute: Callable[[Rows, Place], Any], merge: Any = None, once: bool = False
+    ) -> Rows:
         """compute(block of rows, its place) for blocks that cover the rows of all ranks; what it returns for the block's rows, tensors
         with one entry for each of them, is merged (by default added) and comes back to the rank that they belong to.
 
-        gather: one block. ring: one of each rank, the next of which is under way while one is computed with.
+        gather: one block. ring: one of each rank, the next of which is under way while one is computed with. once: of two ranks only
+        one visits the other's rows, or each half of the pairs.
         """
         if self.size == 1:
-            return compute(rows, Place(0, 0, True)) or []
+            return compute(rows, Place(0, 0, True, ALL)) or []
         merge = merge or added
-        if self.strategy == "gather":
-            part = compute(self.gather(rows, starts), Place(0, starts[self.rank], False))
-            return self.scatter(part, starts, merge) if part else []
-        block, result = rows, None
-        for step in range(self.size):
-            owner, following = (self.rank - step) % self.size, (self.rank - step - 1) % self.size
-            coming = starts[following + 1] - starts[following]
-            wait_for_block = self._shift(block, coming) if step + 1 < self.size else None
-            part = compute(block, Place(starts[owner], 0 if step == 0 else None, step == 0))
+        return (self._visit_gathered if self.strategy == "gather" else self._visit_round)(rows, starts, compute, merge, once)
+
+    def _visit_gathered(self, rows: Rows, starts: Sequence[int], compute: Any, merge: Any, once: bool) -> Rows:
+        held, n = self.gather(rows, starts), starts[-1]
+        result: Rows = []
+        for end, place in self._once(starts) if once else [(n, Place(0, starts[self.rank], False, ALL))]:
+            part = compute(_rows(held, place.start, end), place) or []
+            if (place.start, end) == (0, n):
+                result = part
+                continue
+            result = result or [None] * len(part)
+            for i, v in enumerate(part):
+                if v is not None:
+                    result[i] = v.new_zeros(n, *v.shape[1:]) if result[i] is None else result[i]
+                    result[i][place.start : end] = v
+        return self.scatter(result, starts, merge) if result else []
+
+    def _visit_round(self, rows: Rows, starts: Sequence[int], compute: Any, merge: Any, once: bool) -> Rows:
+        block, result, last = rows, None, self.size // 2 if once else self.size - 1
+        for step in range(last + 1):
+            owner = (self.rank - step) % self.size
+            wait_for_block = self._shift(block, 1, owner - 1, starts) if step < last else None
+            end, place = starts[owner + 1], Place(starts[owner], 0 if step == 0 else None, step == 0, ALL)
+            if once and 2 * step == self.size:
+                end, place = self._half(owner, starts)
+            before = place.start - starts[owner]
+            part = compute(_rows(block, before, end - starts[owner]), place)
             if part:
-                result = self._shift(part if result is None else merge(result(), part), coming)
+                part = [v if v is None or not before else torch.cat([v.new_zeros(before, *v.shape[1:]), v]) for v in part]
+                part = part if result is None else merge(result(), part)
+                by = 1 if step < last else -step  # with the block, at last home
+                result = self._shift(part, by, owner - by, starts)
             if wait_for_block is not None:
                 block = wait_for_block()
         return result() if result is not None else []
 
-    def _shift(self, rows: Rows, coming: int) -> Callable[[], Rows]:
-        """Starts to send rows to the next rank and to receive as many tensors, of `coming` rows, from the one before."""
-        after, before = (dist.get_global_rank(self.group, (self.rank + step) % self.size) for step in (1, -1))
+    def _once(self, starts: Sequence[int]) -> list[tuple[int, Place]]:
+        """(end, place) of the rows that this rank visits: its own, those of half of the other ranks, going back from it, and of one that
+        is as far either way half of the pairs.
+        """
+        own, first = starts[self.rank], self.rank - (self.size - 1) // 2
+        before = [(starts[first], own)] if first >= 0 else [(0, own), (starts[first % self.size], starts[-1])]
+        result = [(starts[self.rank + 1], Place(own, 0, True, ALL))]
+        result += [(end, Place(begin, None, False, ALL)) for begin, end in before]
+        return result if self.size % 2 else [*result, self._half((self.rank - self.size // 2) % self.size, starts)]
+
+    def _half(self, owner: int, starts: Sequence[int]) -> tuple[int, Place]:
+        """The first half of the lower rank's rows is compared by itself, the second by the other."""
+        begin, end, own = starts[owner], starts[owner + 1], starts[self.rank + 1] - starts[self.rank]
+        if self.rank < owner:
+            return end, Place(begin, None, False, slice(own // 2))
+        return end, Place(begin + (end - begin) // 2, None, False, ALL)
+
+    def _shift(self, rows: Rows, by: int, owner: int, starts: Sequence[int]) -> Callable[[], Rows]:
+        """Starts to send rows to the rank that is `by` further on and to receive as many tensors, with the rows of `owner`."""
+        after, before = (dist.get_global_rank(self.group, (self.rank + step) % self.size) for step in (by, -by))
+        owner %= self.size
+        coming = starts[owner + 1] - starts[owner]
         sent = [None if v is None else v.contiguous() for v in rows]
         received = [None if v is None else v.new_empty(coming, *v.shape[1:]) for v in rows]
         sends = [dist.P2POp(dist.isend, v, after, self.group) for v in sent if v is not None and v.numel()]
@@ -199,6 +246,10 @@ class Ranks:
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def _rows(rows: Rows, begin: int, end: int) -> Rows:
+    return [None if v is None else v[begin:end] for v in rows]
 
 
 def added(a: Rows, b: Rows) -> Rows:

@@ -4,6 +4,7 @@ import datetime
 import itertools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -260,6 +261,11 @@ def test_calls_that_differ_are_refused_on_all_ranks(tmp_path):
     run(different_calls, 2, tmp_path)
 
 
+def repeat(times, function, *args):
+    for _ in range(times):
+        function(*args)
+
+
 def one_rank_dies(rank, ranks, results):
     x, labels = batch(n=600, d=64)
     loss = pairloss.distributed(pairloss.snnl, strategy="ring")
@@ -267,10 +273,10 @@ def one_rank_dies(rank, ranks, results):
     dist.barrier()
     start = time.monotonic()
     try:
-        for step in range(100_000):
-            if rank == 1 and step == 5:
-                os.kill(os.getpid(), signal.SIGKILL)
-            loss(x, labels, 0.1)
+        repeat(5, loss, x, labels, 0.1)
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        repeat(100_000, loss, x, labels, 0.1)
     except RuntimeError as error:
         (results / str(rank)).write_text(f"{time.monotonic() - start} {error}")
     os._exit(0)
@@ -289,6 +295,44 @@ def test_a_rank_that_dies_ends_the_others_with_an_error(tmp_path):
         seconds, message = (tmp_path / str(rank)).read_text().split(" ", 1)
         assert float(seconds) < 60
         assert f"pairloss.distributed: rank {rank} of 3 lost contact with another rank" in message
+
+
+def on_a_host():
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    compare_with_one_process(rank, ranks, [(loss, spec.options[0]) for loss, spec in LOSSES.items()], False)
+    dist.barrier()
+
+    x, labels = batch(n=600, d=64)
+    loss = pairloss.distributed(pairloss.snnl, dist.new_group(timeout=datetime.timedelta(seconds=5)), strategy="ring")
+    loss(x, labels, 0.1)
+    if rank == 1:
+        subprocess.run(["ip", "link", "set", "eth0", "down"], check=True)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="lost contact with another rank"):
+        repeat(100_000, loss, x, labels, 0.1)
+    assert time.monotonic() - start < 30
+    os.write(1, b"done\n")
+    os._exit(0)  # without a word to those who can't hear it
+
+
+HOSTS = Path(__file__).parent / "hosts.sh"
+
+
+def why_no_hosts() -> str | None:
+    if shutil.which("unshare") is None or shutil.which("ip") is None:
+        return "no unshare and ip (util-linux, iproute2)"
+    done = subprocess.run([HOSTS, "1", "0", "true"], capture_output=True, text=True)
+    return None if done.returncode == 0 else f"no network namespaces here: {done.stderr.strip()}"
+
+
+def test_three_hosts_and_a_cable_that_is_pulled():
+    if (reason := why_no_hosts()) is not None:
+        pytest.skip(reason)
+    command = [HOSTS, "3", "0", sys.executable, "-c", "import test_distributed; test_distributed.on_a_host()"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300)
+    assert done.stdout.count("done") == 3, done.stderr
 
 
 def test_the_group_must_be_there():
