@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Threads that spin while they wait for others are slower than one thread on a machine that is shared.
 PASSIVE := OMP_WAIT_POLICY=passive
 
-.PHONY: demo test test-all check docs bench aot gpu
+.PHONY: demo test test-all check docs bench aot gpu gpu-dist
 
 # Without the CUDA engine, which takes minutes to build: its tests compile what they need.
 $(READY): requirements-dev.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
@@ -51,3 +51,12 @@ gpu:
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/cuda_host.py
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/cuda_host.py
 	$(PYTHON) bench/run.py --device cuda --losses snnl --rows 1024 4096 16384 65536 --columns 128 256 512 1024 --dtype bfloat16 float32
+
+# For a machine with several GPUs, likewise.
+gpu-dist:
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	$(PYTHON) -m pytest tests/test_distributed.py -m "slow or not slow"
+	for loss in snnl clip siglip; do for strategy in gather ring; do \
+	    $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node gpu bench/ranks.py --device cuda \
+	        --loss $$loss --strategy $$strategy --rows 131072 --columns 768 --dtype bfloat16 || exit 1; \
+	done; done

@@ -69,7 +69,8 @@ class LayerwiseSNNL(nn.Module):
 
     :meth:`remove` takes the hooks off the model; so does leaving ``with LayerwiseSNNL(...) as criterion:``, and so does the end of the
     criterion's life. A copy or pickle of the model alone has hooks that keep nothing; copied together, both work as the originals do.
-    In DistributedDataParallel each process compares the rows of its own batch; wrap the criterion too where it is learnable.
+    In DistributedDataParallel each process compares the rows of its own batch; ``pairloss.distributed(criterion)`` compares those of all,
+    with a gradient for log_tau that is the same everywhere. Alone, a learnable criterion must be wrapped too.
 
     Source: Frosst, Papernot and Hinton 2019 (layers, both signs); Agarap and Azcarraga 2020 (annealing, autoencoder, code units).
 

@@ -190,7 +190,7 @@ class Ranks:
         block, result, last = rows, None, self.size // 2 if once else self.size - 1
         for step in range(last + 1):
             owner = (self.rank - step) % self.size
-            wait_for_block = self._shift(block, 1, owner - 1, starts) if step < last else None
+            wait_for_block = self.shift(block, 1, owner - 1, starts) if step < last else None
             end, place = starts[owner + 1], Place(starts[owner], 0 if step == 0 else None, step == 0, ALL)
             if once and 2 * step == self.size:
                 end, place = self._half(owner, starts)
@@ -200,7 +200,7 @@ class Ranks:
                 part = [v if v is None or not before else torch.cat([v.new_zeros(before, *v.shape[1:]), v]) for v in part]
                 part = part if result is None else merge(result(), part)
                 by = 1 if step < last else -step  # with the block, at last home
-                result = self._shift(part, by, owner - by, starts)
+                result = self.shift(part, by, owner - by, starts)
             if wait_for_block is not None:
                 block = wait_for_block()
         return result() if result is not None else []
@@ -222,7 +222,7 @@ class Ranks:
             return end, Place(begin, None, False, slice(own // 2))
         return end, Place(begin + (end - begin) // 2, None, False, ALL)
 
-    def _shift(self, rows: Rows, by: int, owner: int, starts: Sequence[int]) -> Callable[[], Rows]:
+    def shift(self, rows: Rows, by: int, owner: int, starts: Sequence[int]) -> Callable[[], Rows]:
         """Starts to send rows to the rank that is `by` further on and to receive as many tensors, with the rows of `owner`."""
         after, before = (dist.get_global_rank(self.group, (self.rank + step) % self.size) for step in (by, -by))
         owner %= self.size

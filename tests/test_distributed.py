@@ -38,14 +38,16 @@ def assert_close(ours, expected, what=""):
     torch.testing.assert_close(ours, expected, rtol=floor, atol=floor, msg=lambda message: f"{what}: {message}")
 
 
-def run(worker, ranks: int, tmp_path, *args) -> None:
+def run(worker, ranks: int, tmp_path, *args, backend: str = "gloo") -> None:
     """The worker on so many ranks; what one of them raises is raised here."""
-    mp.spawn(_start, (worker, ranks, f"file://{tmp_path}/store", args), nprocs=ranks)
+    mp.spawn(_start, (worker, ranks, f"file://{tmp_path}/store", args, backend), nprocs=ranks)
 
 
-def _start(rank, worker, ranks, store, args):
+def _start(rank, worker, ranks, store, args, backend="gloo"):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=60))
+    if "nccl" in backend:
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=60))
     worker(rank, ranks, *args)
     dist.barrier()
     dist.destroy_process_group()
@@ -65,10 +67,10 @@ def part(values: dict, rank: int, ranks: int, even: bool) -> dict:
     return {k: v[shares(len(v), ranks, even)[rank]] if has_rows(k, v) else v for k, v in values.items()}
 
 
-def compare_with_one_process(rank, ranks, cases, even):
+def compare_with_one_process(rank, ranks, cases, even, device="cpu"):
     for loss, option in cases:
         spec = LOSSES[loss]
-        sample = spec.sample(12, 5, 12, option)
+        sample = spec.sample(12, 5, 12, option).on(device)
         value, grads = sample.run(spec.function)
         if value.ndim:  # an option "none": per anchor, below
             continue
@@ -93,6 +95,13 @@ def test_value_and_gradients_are_those_of_one_process(tmp_path, ranks, even):
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_every_option_on_2_to_4_ranks(tmp_path, ranks, even):
     run(compare_with_one_process, ranks, tmp_path, ALL, even)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+@pytest.mark.parametrize("backend", ["cpu:gloo,cuda:nccl", "nccl"])
+@pytest.mark.parametrize("even", [True, False])
+def test_gpus(tmp_path, even, backend):
+    run(compare_with_one_process, torch.cuda.device_count(), tmp_path, FEW, even, "cuda", backend=backend)
 
 
 def batch(seed=0, n=24, d=6):
@@ -164,6 +173,24 @@ def train_with_fsdp(rank, ranks):
 
 def test_training_with_fsdp_is_that_of_one_process(tmp_path):
     run(train_with_fsdp, 3, tmp_path)
+
+
+def layers_of_all_ranks(rank, ranks):
+    x, labels = batch()
+    mine = shares(len(x), ranks, True)[rank]
+    gradients = []
+    for rows, share in ((x, False), (x[mine], True)):
+        model = Model().encoder
+        criterion = pairloss.nn.LayerwiseSNNL(model, factor=0.5, learnable=True).double()
+        wrapped = DistributedDataParallel(model) if share else model
+        loss = (pairloss.distributed(criterion) if share else criterion)(wrapped(rows), labels[mine] if share else labels)
+        loss.loss.backward()
+        gradients.append([loss.snnl_per_layer, criterion.log_tau.grad, *(p.grad for p in model.parameters())])
+    assert_close(gradients[1], gradients[0])
+
+
+def test_layers_of_a_model(tmp_path):
+    run(layers_of_all_ranks, 2, tmp_path)
 
 
 def anchors_of_a_rank(rank, ranks):
@@ -422,11 +449,15 @@ def test_grad_cache_scales_and_refuses():
         pairloss.grad_cache(models[0], caching_loss, 7)(x, labels[:5])
 
 
-def test_the_script_in_the_documentation_runs_as_pasted(tmp_path):
-    page = (Path(__file__).parent.parent / "docs/distributed.md").read_text()
-    (script,) = re.findall(r'```py title="train.py"\n(.*?)```', page, re.DOTALL)
-    (tmp_path / "train.py").write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+PAGE = (Path(__file__).parent.parent / "docs/distributed.md").read_text()
+SCRIPTS = dict(re.findall(r'```py title="(.*?)"\n(.*?)```', PAGE, re.DOTALL))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_scripts_in_the_documentation_run_as_pasted(tmp_path, name):
+    (tmp_path / name).write_text(SCRIPTS[name])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", name]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert 0 < float(re.fullmatch(r"loss (\d\.\d{3})\n", done.stdout)[1]) < 10
+    (loss,) = re.findall(r"^loss (\d\.\d{3})$", done.stdout, re.MULTILINE)
+    assert 0 < float(loss) < 10
