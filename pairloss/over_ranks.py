@@ -281,16 +281,18 @@ class _SelectedProducts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, y, index = ctx.saved_tensors
-        dx = torch.zeros_like(x)
+        wanted = list(ctx.needs_input_grad[1:3])
+        dx = torch.zeros_like(x) if wanted[0] else None
 
         def compute(block: Rows, place: Place) -> Rows:
             rows = block[0].to(x.dtype)
-            if rows.shape[0] == 0:
-                return [torch.zeros_like(rows)]
-            here = _within(index, place.start, rows.shape[0])
-            of_x, of_rows = torch.ops.pairloss.selected_products_backward(x, rows, here, ctx.product_dtype, grad.contiguous(), [True, True])
-            dx.add_(of_x)
-            return [of_rows]
+            dy = torch.zeros_like(rows) if wanted[1] else None
+            if rows.shape[0]:
+                here = _within(index, place.start, rows.shape[0])
+                grads = torch.ops.pairloss.selected_products_backward(x, rows, here, ctx.product_dtype, grad.contiguous(), wanted)
+                for to, part in zip([v for v in (dx, dy) if v is not None], grads, strict=True):
+                    to.add_(part)
+            return [dy]
 
         (dy,) = ctx.ranks.visit([y.to(ctx.product_dtype)], ctx.starts, compute)
         return None, dx, dy, None, None
