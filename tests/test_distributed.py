@@ -38,9 +38,14 @@ def assert_close(ours, expected, what=""):
     torch.testing.assert_close(ours, expected, rtol=floor, atol=floor, msg=lambda message: f"{what}: {message}")
 
 
+# Ranks are forks of a process that has imported what takes seconds.
+START = "forkserver"
+mp.set_forkserver_preload(["torch._dynamo", "pairloss.testing"])
+
+
 def run(worker, ranks: int, tmp_path, *args, backend: str = "gloo") -> None:
     """The worker on so many ranks; what one of them raises is raised here."""
-    mp.spawn(_start, (worker, ranks, f"file://{tmp_path}/store", args, backend), nprocs=ranks)
+    mp.start_processes(_start, (worker, ranks, f"file://{tmp_path}/store", args, backend), ranks, start_method=START)
 
 
 def _start(rank, worker, ranks, store, args, backend="gloo"):
@@ -310,7 +315,7 @@ def one_rank_dies(rank, ranks, results):
 
 
 def test_a_rank_that_dies_ends_the_others_with_an_error(tmp_path):
-    context = mp.get_context("spawn")
+    context = mp.get_context(START)
     arguments = (one_rank_dies, 3, f"file://{tmp_path}/store", (tmp_path,))
     processes = [context.Process(target=_start, args=(rank, *arguments)) for rank in range(3)]
     for process in processes:
