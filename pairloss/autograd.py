@@ -159,16 +159,30 @@ def _backward(ctx: Any, op: Any, differentiable: tuple[int, ...], args: list[Any
     return tuple(result)
 
 
-def with_signature(forward: Any) -> Any:
-    """torch asks for the signature of a Function's forward at every call; to build it anew takes as long as a small operation or five."""
-    forward.__signature__ = inspect.signature(forward)
+class _AllGiven(inspect.BoundArguments):
+    args = property(lambda self: tuple(self.arguments.values()))
+    kwargs = property(lambda self: {})
+
+    def apply_defaults(self) -> None:
+        pass
+
+
+class _Positional(inspect.Signature):
+    def bind(self, *args: Any) -> _AllGiven:
+        return _AllGiven(self, dict(zip(self.parameters, args, strict=True)))
+
+
+def positional(forward: Any) -> Any:
+    """torch binds the arguments of a Function to the signature of its forward at every call, which takes as long as five small operations.
+    Ours are all given, by position: there is nothing to bind."""
+    forward.__signature__ = _Positional(list(inspect.signature(forward).parameters.values()))
     return forward
 
 
 # Each parameter by name: dynamo takes *args for a forward with ctx and fails where nothing requires a gradient.
 class RowStats(torch.autograd.Function):
     @staticmethod
-    @with_signature
+    @positional
     def forward(
         x: Tensor, y: Any, ids_x: Any, ids_y: Any, self_offset: Any, row_bias: Any, col_bias: Any, product_dtype: torch.dtype,
         cutoff: Any, score: str, m: float, gamma: float, both_sides: bool, logit_bound: float, backend: Any,
@@ -192,7 +206,7 @@ class RowStats(torch.autograd.Function):
 
 class PairSum(torch.autograd.Function):
     @staticmethod
-    @with_signature
+    @positional
     def forward(
         x: Tensor, y: Any, ids_x: Any, ids_y: Any, self_offset: Any, row_bias: Any, col_bias: Any, product_dtype: torch.dtype,
         over: str, term: str, backend: Any,
@@ -212,7 +226,7 @@ class PairTotal(torch.autograd.Function):
     """sum_i weights_i sum_i of the pair sums. Its gradient needs nothing that the pass over the pairs doesn't know: it is formed there."""
 
     @staticmethod
-    @with_signature
+    @positional
     def forward(
         x: Tensor, y: Any, ids_x: Any, ids_y: Any, self_offset: Any, row_bias: Any, col_bias: Any, product_dtype: torch.dtype,
         over: str, term: str, backend: Any, weights: Tensor, needs: list[bool],
@@ -250,7 +264,7 @@ def _multiplied(count: int, factor: Tensor, *tensors: Tensor) -> list[Tensor]:
 
 class SelectedProducts(torch.autograd.Function):
     @staticmethod
-    @with_signature
+    @positional
     def forward(x: Tensor, y: Tensor, index: Tensor, product_dtype: torch.dtype) -> Any:
         return torch.ops.pairloss.selected_products(x, y, index, product_dtype)
 
@@ -273,7 +287,6 @@ class _Once(torch.autograd.Function):
     """What a backward computes, with no derivative of its own."""
 
     @staticmethod
-    @with_signature
     def forward(op: Any, *args: Any) -> tuple[Tensor, ...]:
         return tuple(op(*args))
 
