@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import engines, order
-from .autograd import DIFFERENTIABLE, NUM_PAIRS, log_of, save, saved, weights_of
+from .autograd import DIFFERENTIABLE, NUM_PAIRS, save, saved
+from .engines import log_of
 from .ranks import Place, Ranks, Rows, added
 
 
@@ -122,13 +123,13 @@ class _RowStats(torch.autograd.Function):
     def backward(ctx: Any, grad_rows: Tensor, grad_cols: Tensor, *_: None) -> Any:
         args, (sums, col_sums) = saved(ctx)
         pairs, how, both_sides = _Pairs(ctx.ranks, args, True, ctx.starts), args[NUM_PAIRS:], args[NUM_PAIRS + 4]
-        row_weights, col_weights = weights_of(sums, grad_rows), weights_of(col_sums, grad_cols)
+        of_cols = torch.cat([col_sums, grad_cols[None]])
 
         def backward(block: tuple[Any, ...], wanted: list[bool], *travelling: Tensor) -> Any:
-            of_cols = _by_set(travelling[0]).contiguous() if both_sides else col_weights
-            return torch.ops.pairloss.row_stats_backward(*block, *how, row_weights, of_cols, wanted)
+            travelled = _by_set(travelling[0]) if both_sides else of_cols
+            return torch.ops.pairloss.row_stats_backward(*block, *how, sums, grad_rows, travelled[:2], travelled[2], wanted)
 
-        return _returned(ctx, pairs, backward, *([_by_row(col_weights)] if both_sides else []))
+        return _returned(ctx, pairs, backward, *([_by_row(of_cols)] if both_sides else []))
 
 
 class _PairSum(torch.autograd.Function):

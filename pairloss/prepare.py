@@ -183,5 +183,6 @@ def _with_half_square(x: Tensor, bias: Tensor | None, product_dtype: torch.dtype
     x = rounded(x, product_dtype)
     half_square = x.square().sum(1) / -2
     # An overflow to -inf would take the row out of every set.
-    half_square = half_square * torch.where(half_square.isfinite(), 1, torch.nan)
+    factor = torch.where(half_square.isfinite(), 1, torch.nan)
+    x, half_square = x * factor[:, None], half_square * factor
     return x, half_square if bias is None else half_square + bias
