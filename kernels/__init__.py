@@ -9,7 +9,7 @@ import re
 import torch
 from torch import Tensor
 
-from ..engines import Call, SumsAndGrads
+from ..engines import Call, Statistics, SumsAndGrads, weights_of, with_logs
 
 OLDEST_TRITON = (3, 6)  # the oldest seen: bench/notes.md
 OLDEST_CAPABILITY = (8, 0)  # bfloat16 and tf32 matrix units, asynchronous copies
@@ -29,16 +29,18 @@ def label_order_pays(call: Call) -> bool:
     return min(call.x.shape[0], call.candidates.shape[0]) >= (LABEL_ORDER_ROWS if tile is None else LABEL_ORDER_TILES * tile)
 
 
-def row_stats_fwd(call: Call) -> tuple[Tensor, Tensor]:
+def row_stats_fwd(call: Call) -> Statistics:
     from . import launch
 
-    return launch.row_stats_fwd(call)
+    return with_logs(*launch.row_stats_fwd(call))
 
 
-def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: list[bool]) -> list[Tensor | None]:
+def row_stats_bwd(
+    call: Call, row_sums: Tensor, row_grads: Tensor, col_sums: Tensor, col_grads: Tensor, needs: list[bool]
+) -> list[Tensor | None]:
     from . import launch
 
-    return launch.row_stats_bwd(call, row_weights, col_weights, needs)
+    return launch.row_stats_bwd(call, weights_of(row_sums, row_grads), weights_of(col_sums, col_grads), needs)
 
 
 def pair_sum_fwd_bwd(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> SumsAndGrads:

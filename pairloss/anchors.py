@@ -103,31 +103,44 @@ def weights(
     return of_class if result is None else result * of_class
 
 
-def reduce(losses: Tensor, counts: Tensor, weight: Tensor | None, reduction: str, ignored: Tensor | None = None) -> Tensor:
-    """none: w_i l_i, 0 where the anchor doesn't count. sum: their sum. mean: sum(w l) / sum(w) over anchors that count, 0 if none does."""
-    if ignored is not None:
-        counts = counts & ~ignored
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x), to the last digit also of float64: torch's is x from 20 on."""
+    return torch.nn.functional.softplus(x, threshold=50.0)
+
+
+def reduce_labelled(losses: Tensor, without: Tensor, no_positive: str, given: Labelled, weight: Tensor | None, reduction: str) -> Tensor:
+    """reduce of a labelled loss, whose anchors without positives (bool [N]) are skipped or have loss 0."""
+    if no_positive == "zero":
+        return reduce(losses.masked_fill(without, 0), given.ignored, weight, reduction)
+    return reduce(losses, without if given.ignored is None else without | given.ignored, weight, reduction)
+
+
+def reduce(losses: Tensor, skipped: Tensor | None, weight: Tensor | None, reduction: str) -> Tensor:
+    """none: w_i l_i, 0 where an anchor is skipped (bool [N]). sum: their sum. mean: sum(w l) / sum(w) over the others, 0 without any."""
+    weight = None if weight is None else weight.to(losses.dtype)
     weighted = losses if weight is None else weight * without_silent(losses, weight)
-    weighted = weighted.masked_fill(~counts, 0)
+    if skipped is not None:
+        weighted = weighted.masked_fill(skipped, 0)
     if reduction == "none":
         return weighted
     total = ranks.total(weighted.sum())
-    if reduction == "sum":
-        return total
-    share = ranks.total(counts.sum() if weight is None else weight.masked_fill(~counts, 0).sum())
-    return total / share.masked_fill(share == 0, 1)
-
-
-def reduce_all(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    """reduce, where every anchor counts."""
-    weight = None if weight is None else weight.to(losses.dtype)
-    return reduce(losses, torch.ones_like(losses, dtype=torch.bool), weight, reduction)
+    return total if reduction == "sum" else total / _total_weight(losses, skipped, weight)
 
 
 def shares(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    """[N]: what the sum or the mean of reduce_all multiplies each loss with."""
-    weight = torch.ones_like(losses) if weight is None else weight.to(losses.dtype)
-    if reduction == "sum":
-        return weight
-    total = ranks.total(weight.sum())
-    return weight / total.masked_fill(total == 0, 1)
+    """[N]: what the sum or the mean of reduce multiplies each loss with, where no anchor is skipped."""
+    weight = None if weight is None else weight.to(losses.dtype)
+    weights = torch.ones_like(losses) if weight is None else weight
+    return weights if reduction == "sum" else weights / _total_weight(losses, None, weight)
+
+
+def _total_weight(losses: Tensor, skipped: Tensor | None, weight: Tensor | None) -> int | Tensor:
+    """Of the anchors that are not skipped, 1 each without weights; 1 if it is 0."""
+    if weight is not None:
+        counted = weight if skipped is None else weight.masked_fill(skipped, 0)
+    elif skipped is not None:
+        counted = ~skipped
+    else:
+        return max(1, ranks.count(losses.shape[0]))
+    total = ranks.total(counted.sum())
+    return total.masked_fill(total == 0, 1)

@@ -29,7 +29,9 @@ _SELECTED = "Tensor x, Tensor y, Tensor index, ScalarType product_dtype"
 
 # row_sums and col_sums are for the backward pass: what the statistics are the logarithms of.
 _library.define(f"row_stats({_ROW_STATS}) -> (Tensor rows, Tensor cols, Tensor row_sums, Tensor col_sums)")
-_library.define(f"row_stats_backward({_ROW_STATS}, Tensor row_weights, Tensor col_weights, bool[] needs) -> Tensor[]")
+_library.define(
+    f"row_stats_backward({_ROW_STATS}, Tensor row_sums, Tensor row_grads, Tensor col_sums, Tensor col_grads, bool[] needs) -> Tensor[]"
+)
 _library.define(f"pair_sum({_PAIR_SUM}) -> Tensor")
 _library.define(f"pair_sum_backward({_PAIR_SUM}, Tensor weights, bool[] needs) -> Tensor[]")
 _library.define(f"pair_sum_with_grads({_PAIR_SUM}, Tensor weights, bool[] needs) -> (Tensor sums, Tensor[] grads)")
@@ -44,30 +46,20 @@ def _row_stats(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     engine = engines.choose(call, backend)
     with engines.without_autocast(call.x):
         order = LabelOrder(call, engine)
-        row_sums, col_sums = engine.row_stats_fwd(order.call)
-        row_sums, col_sums = order.unordered_rows(row_sums, 2), order.unordered_cols(col_sums, 2)
-        return log_of(row_sums), log_of(col_sums) if call.both_sides else col_sums.new_empty(col_sums.shape[1:]), row_sums, col_sums
-
-
-def log_of(sums: Tensor) -> Tensor:
-    s, m = sums
-    return s.log() + m
+        rows, cols, row_sums, col_sums = engine.row_stats_fwd(order.call)
+        rows, row_sums = order.unordered_rows(rows, 1), order.unordered_rows(row_sums, 2)
+        return rows, order.unordered_cols(cols, 1), row_sums, order.unordered_cols(col_sums, 2)
 
 
 def _row_stats_backward(*args: Any) -> list[Tensor]:
-    *call_args, backend, row_weights, col_weights, needs = args
+    *call_args, backend, row_sums, row_grads, col_sums, col_grads, needs = args
     call = Call(*call_args)
     engine = engines.choose(call, backend)
     with engines.without_autocast(call.x):
         order = LabelOrder(call, engine)
-        grads = engine.row_stats_bwd(order.call, order.rows(row_weights), order.cols(col_weights), needs)
+        of_rows, of_cols = map(order.rows, (row_sums, row_grads)), map(order.cols, (col_sums, col_grads))
+        grads = engine.row_stats_bwd(order.call, *of_rows, *of_cols, needs)
         return _needed(order.unordered_grads(*grads), needs)
-
-
-def weights_of(sums: Tensor, grad: Tensor) -> Tensor:
-    """grad * exp(z - log sum) = (grad / s) e^-m * exp(z)."""
-    s, m = sums
-    return torch.stack([(grad / s).masked_fill(s == 0, 0), m])
 
 
 def _pair_sum(*args: Any) -> Tensor:
@@ -159,16 +151,30 @@ def _backward(ctx: Any, op: Any, differentiable: tuple[int, ...], args: list[Any
     return tuple(result)
 
 
-def with_signature(forward: Any) -> Any:
-    """torch asks for the signature of a Function's forward at every call; to build it anew takes as long as a small operation or five."""
-    forward.__signature__ = inspect.signature(forward)
+class _AllGiven(inspect.BoundArguments):
+    args = property(lambda self: tuple(self.arguments.values()))
+    kwargs = property(lambda self: {})
+
+    def apply_defaults(self) -> None:
+        pass
+
+
+class _Positional(inspect.Signature):
+    def bind(self, *args: Any) -> _AllGiven:
+        return _AllGiven(self, dict(zip(self.parameters, args, strict=True)))
+
+
+def positional(forward: Any) -> Any:
+    """torch binds the arguments of a Function to the signature of its forward at every call, which takes as long as five small operations.
+    Ours are all given, by position: there is nothing to bind."""
+    forward.__signature__ = _Positional(list(inspect.signature(forward).parameters.values()))
     return forward
 
 
 # Each parameter by name: dynamo takes *args for a forward with ctx and fails where nothing requires a gradient.
 class RowStats(torch.autograd.Function):
     @staticmethod
-    @with_signature
+    @positional
     def forward(
         x: Tensor, y: Any, ids_x: Any, ids_y: Any, self_offset: Any, row_bias: Any, col_bias: Any, product_dtype: torch.dtype,
         cutoff: Any, score: str, m: float, gamma: float, both_sides: bool, logit_bound: float, backend: Any,
@@ -185,14 +191,13 @@ class RowStats(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor, grad_cols: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         inputs, (row_sums, col_sums) = saved(ctx)
-        both_sides = inputs[NUM_PAIRS + 4]
-        weights = [weights_of(row_sums, grad_rows), weights_of(col_sums, grad_cols) if both_sides else col_sums]
-        return _backward(ctx, torch.ops.pairloss.row_stats_backward, DIFFERENTIABLE, inputs + weights)
+        args = [*inputs, row_sums, grad_rows, col_sums, grad_cols]
+        return _backward(ctx, torch.ops.pairloss.row_stats_backward, DIFFERENTIABLE, args)
 
 
 class PairSum(torch.autograd.Function):
     @staticmethod
-    @with_signature
+    @positional
     def forward(
         x: Tensor, y: Any, ids_x: Any, ids_y: Any, self_offset: Any, row_bias: Any, col_bias: Any, product_dtype: torch.dtype,
         over: str, term: str, backend: Any,
@@ -212,7 +217,7 @@ class PairTotal(torch.autograd.Function):
     """sum_i weights_i sum_i of the pair sums. Its gradient needs nothing that the pass over the pairs doesn't know: it is formed there."""
 
     @staticmethod
-    @with_signature
+    @positional
     def forward(
         x: Tensor, y: Any, ids_x: Any, ids_y: Any, self_offset: Any, row_bias: Any, col_bias: Any, product_dtype: torch.dtype,
         over: str, term: str, backend: Any, weights: Tensor, needs: list[bool],
@@ -250,7 +255,7 @@ def _multiplied(count: int, factor: Tensor, *tensors: Tensor) -> list[Tensor]:
 
 class SelectedProducts(torch.autograd.Function):
     @staticmethod
-    @with_signature
+    @positional
     def forward(x: Tensor, y: Tensor, index: Tensor, product_dtype: torch.dtype) -> Any:
         return torch.ops.pairloss.selected_products(x, y, index, product_dtype)
 
@@ -273,7 +278,6 @@ class _Once(torch.autograd.Function):
     """What a backward computes, with no derivative of its own."""
 
     @staticmethod
-    @with_signature
     def forward(op: Any, *args: Any) -> tuple[Tensor, ...]:
         return tuple(op(*args))
 

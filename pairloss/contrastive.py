@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from . import anchors, checks, groups, ops, ranks
 from .prepare import Rows, loss_dtype, prepare, real_view
@@ -114,16 +113,13 @@ def contrastive(
     pos = rows.products(own)
     if key_bias is not None:
         pos = pos + key_bias
-    losses = -logsigmoid(pos - neg)
+    losses = anchors.softplus(neg - pos)
     if neg_of_key is not None:
-        neg_of_key = _log_sum(neg_of_key)
-        if key_bias is None:
-            margin = pos - neg_of_key
-        else:  # a masked key is no anchor
-            masked = key_bias == -torch.inf
-            margin = torch.where(masked, torch.inf, torch.where(masked, 0, pos) - torch.where(masked, 0, neg_of_key))
-        losses = (losses - logsigmoid(margin)) / 2
-    return anchors.reduce_all(losses, weight, reduction)
+        margin = _log_sum(neg_of_key) - pos
+        if key_bias is not None:  # a masked key is no anchor
+            margin = margin.masked_fill(key_bias == -torch.inf, -torch.inf)
+        losses = (losses + anchors.softplus(margin)) / 2
+    return anchors.reduce(losses, None, weight, reduction)
 
 
 def simple_contrastive(
@@ -171,7 +167,7 @@ def simple_contrastive(
     else:
         hardest = Candidates(rows, None, None, 0, None, backend).hardest(top_k)
         negatives = torch.where(hardest == -torch.inf, 0, hardest).sum(1)
-    return anchors.reduce_all(lam * negatives - pos, weight, reduction)
+    return anchors.reduce(lam * negatives - pos, None, weight, reduction)
 
 
 def nt_xent(
@@ -245,12 +241,11 @@ def nt_xent(
     rows = prepare(real_view(torch.cat([view_a, view_b])), None, tau, metric, None, None)
     pos = rows.products(rows.x.roll(view_a.shape[0], 0))
     neg = _hard_log_sum(rows, both, beta, backend) if beta else rows.row_stats(both, None, 0, backend=backend)[0][1]
-    counts = neg > -torch.inf if decoupled else torch.ones_like(neg, dtype=torch.bool)
+    none = neg == -torch.inf if decoupled else None
     if tau_plus or beta:
         neg = _debiased(neg, pos, (ranks.count(len(both)) - groups.count(both, both)).to(neg.dtype), tau_plus, tau)
-    losses = torch.where(counts, neg - pos, 0) if decoupled else -logsigmoid(pos - neg)
-    counts = counts | (pos + neg).isnan()
-    return anchors.reduce(losses + rows.poison, counts, None if weight is None else weight.to(neg.dtype).repeat(2), reduction)
+    losses = anchors.softplus(neg - pos) if none is None else (neg - pos).masked_fill(none, 0)
+    return anchors.reduce(losses, none, None if weight is None else weight.repeat(2), reduction)
 
 
 def _hard_log_sum(rows: Rows, ids: Tensor, beta: float, backend: str | None) -> Tensor:

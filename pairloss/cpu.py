@@ -8,7 +8,7 @@ torch.get_num_threads(), with the same bits for any number of them.
 import torch
 from torch import Tensor
 
-from .engines import Call, SumsAndGrads, tile_size, zero_grads
+from .engines import Call, Statistics, SumsAndGrads, tile_size, zero_grads
 
 _missing: str | None = None
 try:
@@ -33,18 +33,21 @@ def label_order_pays(call: Call) -> bool:
     return min(call.x.shape[0], call.candidates.shape[0]) >= LABEL_ORDER_TILES * tile
 
 
-def row_stats_fwd(call: Call) -> tuple[Tensor, Tensor]:
-    arguments, sets = _Arguments(call), call.num_sets
-    rows = call.x.new_empty(2, sets, call.x.shape[0])
-    cols = call.x.new_empty(2, sets, call.candidates.shape[0] if call.both_sides else 0)
-    _cpu.row_stats(arguments.call, _address(rows), _address(cols) if call.both_sides else 0)
-    return rows, cols
+def row_stats_fwd(call: Call) -> Statistics:
+    arguments, sets, n, m = _Arguments(call), call.num_sets, call.x.shape[0], call.candidates.shape[0] if call.both_sides else 0
+    result = call.x.new_empty(sets, n), call.x.new_empty(sets, m), call.x.new_empty(2, sets, n), call.x.new_empty(2, sets, m)
+    rows, cols, row_sums, col_sums = map(_address, result)
+    _cpu.row_stats(arguments.call, rows, row_sums, *((cols, col_sums) if call.both_sides else (0, 0)))
+    return result
 
 
-def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: list[bool]) -> list[Tensor | None]:
+def row_stats_bwd(
+    call: Call, row_sums: Tensor, row_grads: Tensor, col_sums: Tensor, col_grads: Tensor, needs: list[bool]
+) -> list[Tensor | None]:
     arguments, grads = _Arguments(call), zero_grads(call, needs)
-    rows, cols = row_weights.contiguous(), col_weights.contiguous()
-    _cpu.row_stats_backward(arguments.call, _address(rows), _address(cols) if call.both_sides else 0, *map(_address, grads))
+    rows = row_sums.contiguous(), row_grads.contiguous()
+    cols = (col_sums.contiguous(), col_grads.contiguous()) if call.both_sides else (None, None)
+    _cpu.row_stats_backward(arguments.call, *map(_address, (*rows, *cols, *grads)))
     return grads
 
 

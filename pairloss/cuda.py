@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import operands
-from .engines import Call, SumsAndGrads, tile_size
+from .engines import Call, Statistics, SumsAndGrads, tile_size, weights_of, with_logs
 from .operands import GROUPS, NO_SHIFT, SETS
 
 _cuda: Any
@@ -61,10 +61,10 @@ def label_order_pays(call: Call) -> bool:
     return min(call.x.shape[0], call.candidates.shape[0]) >= (LABEL_ORDER_TILES * tile.rows if tile_size(0) else LABEL_ORDER_ROWS)
 
 
-def row_stats_fwd(call: Call) -> tuple[Tensor, Tensor]:
+def row_stats_fwd(call: Call) -> Statistics:
     n, m, sets, tile = call.x.shape[0], call.candidates.shape[0], call.num_sets, _Tile.of(call)
     if n == 0 or m == 0:
-        return call.x.new_zeros(2, sets, n), call.x.new_zeros(2, sets, m if call.both_sides else 0)
+        return with_logs(call.x.new_zeros(2, sets, n), call.x.new_zeros(2, sets, m if call.both_sides else 0))
     bounded = call.logit_bound <= NO_SHIFT
     # Groups of whole row tiles on both sides: x against itself has one diagonal.
     span_x, span_y = (_tiles(_tiles(rows, GROUPS), tile.rows) for rows in (n, m))
@@ -76,10 +76,13 @@ def row_stats_fwd(call: Call) -> tuple[Tensor, Tensor]:
     spans = (span_x, span_y * (tile.rows // tile.cols))
     _launch(_cuda.row_stats, call, tile, x, y, call.self_offset, *map(_address, (rows.m, rows.s, *of_cols)), *spans, bounded)
     result = rows.total()
-    return result, result.new_empty(2, sets, 0) if call.symmetric else cols.total()
+    return with_logs(result, result.new_empty(2, sets, 0) if call.symmetric else cols.total())
 
 
-def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: list[bool]) -> list[Tensor | None]:
+def row_stats_bwd(
+    call: Call, row_sums: Tensor, row_grads: Tensor, col_sums: Tensor, col_grads: Tensor, needs: list[bool]
+) -> list[Tensor | None]:
+    row_weights, col_weights = weights_of(row_sums, row_grads), weights_of(col_sums, col_grads)
     scale = operands.scale(operands.steepest(call), row_weights[0], col_weights[0])
     row_weights, col_weights = (torch.stack([g * scale, m]) for g, m in (row_weights, col_weights))
     return _grads(call, _Form("exp", 1), row_weights, col_weights if call.both_sides else None, scale, needs, False)[1]

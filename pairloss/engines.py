@@ -4,16 +4,18 @@ An engine is a module with five functions; a new one is that module and a line i
 
     why_not(call) -> str | None                                why it can't run this call, None if it can
     label_order_pays(call) -> bool                             whether rows sorted by label make it faster
-    row_stats_fwd(call) -> (row_sums, col_sums)                sum of exp(z) over each set of each row (column)
-    row_stats_bwd(call, row_weights, col_weights, needs)       from A_ij = the weight of the pair's set in row i (and in
-        -> [dx, dy, drow_bias, dcol_bias]                      column j) times exp(z_ij); None where needs says so
+    row_stats_fwd(call)                                        sum of exp(z) over each set of each row (column), and its logarithm
+        -> (rows, cols, row_sums, col_sums)
+    row_stats_bwd(call, row_sums, row_grads, col_sums,         from A_ij = the weight of the pair's set in row i (and in column j),
+        col_grads, needs)                                      its grad over its sum, times exp(z_ij); None where needs says so
+        -> [dx, dy, drow_bias, dcol_bias]
     pair_sum_fwd_bwd(call, over, term, with_sums,              sum of term(z) over one set of each row, None unless with_sums; and
         weights, needs)                                        with weights [N], which may be None, from W_ij = weights_i term'(z_ij)
         -> (sums [N], [dx, dy, drow_bias, dcol_bias])
 
-In row_stats sums and weights are [2, K, N] (columns: [2, K, M], M = 0 without both_sides): the sum is s e^m, the weight g e^-m. The pair
+In row_stats sums are [2, K, N] (columns: [2, K, M], M = 0 without both_sides): the sum is s e^m, a weight g e^-m likewise. The pair
 spans any temperature, and unlike a rounded logarithm of the sum it gives weights that add up to 1. An empty set has the sum
-0 e^0. A weight of 0 may come with any m, and its pairs with any logit.
+0 e^0 and the weight 0. A weight of 0 may come with any m, and its pairs with any logit.
 """
 
 import functools
@@ -45,6 +47,7 @@ DEFAULT_BACKEND = os.environ.get("PAIRLOSS_BACKEND") or None
 _tile_override: int | None = None
 
 
+Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
 SumsAndGrads = tuple[Tensor | None, list[Tensor | None]]
 
 
@@ -94,6 +97,21 @@ def normalised(s: Tensor, m: Tensor) -> Tensor:
     empty = s == 0
     log_sum = torch.where(m.abs() < 2.0**22, m + s.log(), m)
     return torch.stack([torch.where(empty, 0, s * (m - log_sum).exp()), torch.where(empty, 0, log_sum)])
+
+
+def log_of(sums: Tensor) -> Tensor:
+    s, m = sums
+    return s.log() + m
+
+
+def with_logs(row_sums: Tensor, col_sums: Tensor) -> Statistics:
+    return log_of(row_sums), log_of(col_sums), row_sums, col_sums
+
+
+def weights_of(sums: Tensor, grad: Tensor) -> Tensor:
+    """grad * exp(z - log sum) = (grad / s) e^-m * exp(z)."""
+    s, m = sums
+    return torch.stack([(grad / s).masked_fill(s == 0, 0), m])
 
 
 def zero_grads(call: Call, needs: list[bool]) -> list[Tensor | None]:

@@ -1,6 +1,5 @@
 """Sums and counts over the candidates that share an anchor's label, O(N D): no pass over pairs, no shape that depends on labels."""
 
-import torch
 from torch import Tensor
 
 from . import ops, order, over_ranks, ranks
@@ -8,7 +7,7 @@ from .prepare import Rows
 
 
 def positives(rows: Rows, ids: Tensor, ref_ids: Tensor | None, backend: str | None) -> tuple[Tensor, Tensor]:
-    """For every anchor i the sum over P(i) of <x_i, y_j>, and how many they are. [N] each, as floats.
+    """For every anchor i the sum over P(i) of <x_i, y_j>, and how many they are, NaN for a NaN anchor. [N] each, as floats.
 
     Multi-hot ids need a pass over pairs for each; equal labels have class sums.
     """
@@ -22,13 +21,12 @@ def positives(rows: Rows, ids: Tensor, ref_ids: Tensor | None, backend: str | No
             )  # fmt: skip
 
         nothing = rows.x.new_zeros(n, 1), None if rows.y is None else rows.y.new_zeros(rows.y.shape[0], 1)
-        return over_positives(rows.x, rows.y, None), over_positives(*nothing, rows.x.new_ones(n))
+        return over_positives(rows.x, rows.y, None), over_positives(*nothing, rows.x.new_ones(n)) + rows.poison
     candidates, candidate_ids = (rows.x, ids) if rows.y is None or ref_ids is None else (rows.y, ref_ids)
-    members = count(ids, candidate_ids)
-    sums = rows.products(class_sums(candidates, candidate_ids, ids))
+    members, others = count(ids, candidate_ids), class_sums(candidates, candidate_ids, ids)
     if itself:
-        members, sums = members - 1, sums - rows.products(rows.x)
-    return torch.where(members == 0, 0, sums), members.to(sums.dtype)
+        members, others = members - 1, others - rows.x
+    return rows.products(others).masked_fill(members == 0, 0), members + rows.poison
 
 
 def count(ids: Tensor, candidate_ids: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from . import anchors, checks, ops, ranks
 from .contrastive import Candidates
@@ -67,14 +66,14 @@ def clip(
     assert rows.y is not None
     pos = rows.products(rows.y)
     neg_image, neg_text = Candidates(rows, ids, ids, 0, None, backend).log_sums(both_sides=True)
-    losses = -(logsigmoid(pos - neg_image) + logsigmoid(pos - neg_text)) / 2
+    losses = (anchors.softplus(neg_image - pos) + anchors.softplus(neg_text - pos)) / 2
     if label_smoothing:
         swapped = rows._replace(x=rows.y)
         n = ranks.count(image.shape[0])
         mean_image, mean_text = (ranks.total(v.sum(0)).div(n).expand_as(v) for v in (rows.x, rows.y))
         mean = (rows.products(mean_text) + swapped.products(mean_image)) / 2
         losses = losses + label_smoothing * (pos - mean)
-    return anchors.reduce_all(losses, weight, reduction)
+    return anchors.reduce(losses, None, weight, reduction)
 
 
 def siglip(
@@ -133,12 +132,12 @@ def siglip(
     rows = prepare(real_view(image), real_view(text), 1 / logit_scale, metric, None, None)
     assert rows.y is not None
     bias = torch.as_tensor(logit_bias, dtype=dtype, device=image.device)
-    positives = -logsigmoid(rows.products(rows.y) + bias)
+    positives = anchors.softplus(-bias - rows.products(rows.y))
     weights = None if reduction == "none" else anchors.shares(positives, weight, reduction)
     negatives = ops.pair_sum(
         rows.x, rows.y, ids, ids, 0, bias.expand(image.shape[0]),
         over="negatives", weights=weights, product_dtype=rows.product_dtype, backend=backend,
     )  # fmt: skip
     if weights is None:
-        return anchors.reduce_all(positives + negatives, weight, reduction)
-    return anchors.reduce_all(positives, weight, reduction) + negatives
+        return anchors.reduce(positives + negatives, None, weight, reduction)
+    return anchors.reduce(positives, None, weight, reduction) + negatives

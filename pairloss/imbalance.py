@@ -142,7 +142,7 @@ def focal_cross_entropy(
     if gamma:
         # Where the clamp acts the modulator's derivative is 0, but autograd would multiply it with a loss that may be inf.
         losses = losses * torch.exp(gamma * logsigmoid(-margin.clamp(min=_HOPELESS)))
-    return anchors.reduce(losses, counts, None if weight is None else weight.to(losses.dtype)[index], reduction)
+    return anchors.reduce(losses, ~counts, None if weight is None else weight[index], reduction)
 
 
 def _margin(logits: Tensor, index: Tensor, ignored: Tensor) -> Tensor:

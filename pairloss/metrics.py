@@ -39,7 +39,7 @@ def uniformity(x: Tensor, t: float = 2.0, *, metric: str = "cosine", backend: st
     (z,), _ = rows.row_stats(None, None, 0, backend=backend)
     z = ranks.gathered(z)
     if n == 1:
-        return torch.where(z == -torch.inf, 0, z)[0] + ranks.total(rows.poison.sum())
+        return torch.where(z == -torch.inf, 0, z)[0]
     return masked_logsumexp(z, z != -torch.inf, 0) - z.new_full((), n * (n - 1)).log() - (2 * t if cosine else 0)
 
 
@@ -87,7 +87,7 @@ def alignment(
     size = difference.detach().abs().amax(1)  # out of the squares, which would overflow long before the distance
     same = size == 0
     distance = size * (difference / torch.where(same, 1, size)[:, None]).square().sum(1).masked_fill(same, 1).sqrt()
-    return anchors.reduce_all(torch.where(same, 0, distance.masked_fill(same, 1) ** alpha), weight, reduction)
+    return anchors.reduce(torch.where(same, 0, distance.masked_fill(same, 1) ** alpha), None, weight, reduction)
 
 
 def tolerance(

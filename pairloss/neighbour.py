@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from . import anchors, checks, ranks
 from .prepare import loss_dtype, prepare, real_view
@@ -90,20 +89,17 @@ def snnl(
     rows = prepare(given.features, given.ref_features, tau, metric, given.ignored, given.ref_ignored)
     (pos, neg), _ = rows.row_stats(given.ids, given.ref_ids, given.self_offset, backend=backend)
 
-    no_positives = pos == -torch.inf
-    if eps == 0:
-        margin = (pos - neg).masked_fill(no_positives, 0)  # its logistic is the fraction, and keeps its digits near 1
-        losses, log_rest = (-logsigmoid(margin)).masked_fill(no_positives, 0), logsigmoid(-margin) if focal else None
-        counts = ~no_positives if no_positive == "skip" else torch.ones_like(no_positives)
-    else:
+    if eps:
         if metric == "cosine":  # distance 1 - s: eps is not blind to the 1
             pos, neg = pos - 1 / tau, neg - 1 / tau
         losses, log_rest = _stabilised(pos, neg, math.log(eps))
-        counts = torch.ones_like(no_positives)
-    if log_rest is not None and focal:
-        losses = losses * torch.exp(focal * log_rest)
-    losses, counts = losses + rows.poison, counts | rows.poison.isnan()  # also where the anchor has nothing to be compared with
-    return anchors.reduce(losses, counts, given.weight, reduction, given.ignored)
+        losses = losses * torch.exp(focal * log_rest) if focal else losses
+        return anchors.reduce(losses, given.ignored, given.weight, reduction)
+    no_positives = pos == -torch.inf
+    margin = (neg - pos).masked_fill(no_positives, 0)  # minus it, its logistic is the fraction, and keeps its digits near 1
+    losses = anchors.softplus(margin)
+    losses = losses * torch.exp(-focal * anchors.softplus(-margin)) if focal else losses
+    return anchors.reduce_labelled(losses, no_positives, no_positive, given, given.weight, reduction)
 
 
 def _stabilised(pos: Tensor, neg: Tensor, log_eps: float) -> tuple[Tensor, Tensor]:

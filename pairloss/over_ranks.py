@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import engines, order
-from .autograd import DIFFERENTIABLE, NUM_PAIRS, log_of, save, saved, weights_of
+from .autograd import DIFFERENTIABLE, NUM_PAIRS, save, saved
+from .engines import log_of
 from .ranks import Place, Ranks, Rows, added
 from .reference import without_silent
 
@@ -134,14 +135,14 @@ class _RowStats(torch.autograd.Function):
     def backward(ctx: Any, grad_rows: Tensor, grad_cols: Tensor, *_: None) -> Any:
         args, (sums, col_sums) = saved(ctx)
         pairs = _Pairs(ctx.ranks, args, True, ctx.starts)
-        row_weights, col_weights = weights_of(sums, grad_rows), weights_of(col_sums, grad_cols)
+        of_candidates = torch.cat([sums, grad_rows[None]] if pairs.symmetric else [col_sums, grad_cols[None]])
 
         def backward(block: tuple[Any, ...], place: Place, wanted: list[bool], *travelling: Tensor) -> Any:
             how = _how(pairs, args, place)
-            of_cols = _by_set(travelling[0]).contiguous() if how[BOTH_SIDES] else col_weights
-            return torch.ops.pairloss.row_stats_backward(*block, *how, row_weights[..., place.mine].contiguous(), of_cols, wanted)
+            of_rows = sums[..., place.mine], grad_rows[..., place.mine]
+            theirs = _by_set(travelling[0]) if how[BOTH_SIDES] else sums.new_empty(3, sums.shape[1], 0)
+            return torch.ops.pairloss.row_stats_backward(*block, *how, *of_rows, theirs[:2], theirs[2], wanted)
 
-        of_candidates = row_weights if pairs.symmetric else col_weights
         travelling = [_by_row(of_candidates)] if pairs.symmetric or args[NUM_PAIRS + BOTH_SIDES] else []
         return _returned(ctx, pairs, backward, *travelling, once=pairs.symmetric)
 

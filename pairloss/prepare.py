@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops, ranks
-from .autograd import with_signature
+from .autograd import positional
 from .engines import without_autocast
 from .reference import rounded
 
@@ -24,14 +24,19 @@ class Rows(NamedTuple):
     col_bias: Tensor | None
     product_dtype: torch.dtype
     logit_bound: float
-    poison: Tensor  # [N], NaN for an anchor with a value that is not finite (or all, where tau is not > 0), else 0
+
+    @property
+    def poison(self) -> Tensor:
+        """[N]: NaN for an anchor with a value that is not finite (or all, where tau is not > 0), else 0."""
+        return self.x.detach()[:, 0] * 0  # what is NaN in one column is in all
 
     def row_stats(self, ids_x: Tensor | None = None, ids_y: Tensor | None = None, self_offset: int | None = None, **how: Any) -> Any:
-        """ops.row_stats of these rows."""
+        """ops.row_stats of these rows; NaN for a NaN anchor also where it has nothing to be compared with."""
         biases = (self.row_bias, self.col_bias)
-        return ops.row_stats(
+        rows, cols = ops.row_stats(
             self.x, self.y, ids_x, ids_y, self_offset, *biases, product_dtype=self.product_dtype, logit_bound=self.logit_bound, **how
         )
+        return rows + self.poison, cols
 
     def products(self, y: Tensor) -> Tensor:
         """The product of each anchor with the row of y [N, D] beside it, or with those of y [N, M, D]; rounded as engines round."""
@@ -62,8 +67,7 @@ def prepare(
     if metric == "cosine":
         bound = 1 / tau if isinstance(tau, float) else math.inf
         x, y = unit(x, scale), None if y is None else unit(y, scale)
-        poison = _poison(x[:, :1])  # what is NaN in one column is in all
-        return Rows(x, y, row_bias, col_bias, product_dtype, bound, poison)
+        return Rows(x, y, row_bias, col_bias, product_dtype, bound)
 
     x = _poisoned(x * scale, product_dtype)
     y = None if y is None else _poisoned(y * scale, product_dtype)
@@ -75,7 +79,7 @@ def prepare(
         x, row_bias = _with_half_square(x - centre, row_bias, product_dtype)
         if y is not None:
             y, col_bias = _with_half_square(y - centre, col_bias, product_dtype)
-    return Rows(x, y, row_bias, col_bias, product_dtype, math.inf, _poison(x))
+    return Rows(x, y, row_bias, col_bias, product_dtype, math.inf)
 
 
 def loss_dtype(features: Tensor) -> torch.dtype:
@@ -98,7 +102,7 @@ def _product_dtype(features: Tensor) -> torch.dtype:
 
 def _inverse_sqrt(tau: float | Tensor) -> float | Tensor:
     if isinstance(tau, Tensor):
-        return (tau * torch.where(tau > 0, 1, torch.nan)).rsqrt()
+        return (tau / (tau > 0)).rsqrt()  # NaN in value and gradient where that divides by 0
     return tau**-0.5
 
 
@@ -130,7 +134,7 @@ class _Unit(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @with_signature
+    @positional
     def forward(x: Tensor, scale: Any) -> Any:
         return _scaled(x, scale)
 
@@ -149,7 +153,7 @@ class _Unit(torch.autograd.Function):
         inverse = _inverse_norm(x)
         u = x * inverse
         along = (grad * u).sum(1, keepdim=True)
-        dx = (grad - u * along) * (inverse * scale) if ctx.needs_input_grad[0] else None
+        dx = torch.addcmul(grad, u, along, value=-1) * (inverse * scale) if ctx.needs_input_grad[0] else None
         return dx, along.sum() if ctx.needs_input_grad[1] else None
 
     @staticmethod
@@ -165,13 +169,8 @@ class _Unit(torch.autograd.Function):
 def _inverse_norm(x: Tensor) -> Tensor:
     """[N, 1]: 1 / |x|, 0 for a zero row, NaN for a norm that is not finite: 1 / inf would silently give the zero vector."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    zero = norm < ZERO_NORM
-    norm = norm.masked_fill(zero, 1)
-    return (norm.reciprocal() + (norm - norm)).masked_fill(zero, 0)
-
-
-def _poison(x: Tensor) -> Tensor:
-    return x.detach().sum(1) * 0
+    inverse = torch.threshold(norm, ZERO_NORM, torch.inf).reciprocal()  # of a small norm 1 / inf
+    return torch.add(inverse, norm, alpha=0)  # 0 * inf is NaN
 
 
 def _poisoned(x: Tensor, product_dtype: torch.dtype) -> Tensor:
@@ -184,5 +183,6 @@ def _with_half_square(x: Tensor, bias: Tensor | None, product_dtype: torch.dtype
     x = rounded(x, product_dtype)
     half_square = x.square().sum(1) / -2
     # An overflow to -inf would take the row out of every set.
-    half_square = half_square * torch.where(half_square.isfinite(), 1, torch.nan)
+    factor = torch.where(half_square.isfinite(), 1, torch.nan)
+    x, half_square = x * factor[:, None], half_square * factor
     return x, half_square if bias is None else half_square + bias

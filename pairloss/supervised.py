@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from . import anchors, checks, groups, ops, ranks
 from .prepare import Rows, prepare
@@ -80,23 +79,21 @@ def supcon(
     tau = checks.temperature("tau", tau, features, given.dtype)
     rows = prepare(given.features, given.ref_features, tau, metric, given.ignored, given.ref_ignored)
     similarity, size = groups.positives(rows, given.ids, given.ref_ids, backend)
-    none = size == 0
-    size = torch.where(none, 1, size)
-    counts, weight = torch.ones_like(none) if no_positive == "zero" else ~none, given.weight
+    none, weight = size == 0, given.weight
+    some = size.clamp(min=1)
 
     (pos, neg), _ = rows.row_stats(given.ids, given.ref_ids, given.self_offset, backend=backend)
-    pos = torch.where(none, 0, pos)
+    margin = (neg - pos).masked_fill(none, 0)
     if form == "out":  # what one positive loses by the log-sum, 0, is all that would be left of a converged loss
-        losses = torch.where(size > 1, pos - similarity / size, 0) - torch.where(none, 0, logsigmoid(pos - neg))
+        losses = (pos - similarity / some).masked_fill(size <= 1, 0) + anchors.softplus(margin)
     elif form == "in":
-        losses = torch.where(none, 0, size.log() - logsigmoid(pos - neg))
+        losses = some.log() + anchors.softplus(margin)
     else:
-        losses = _each_positive(rows, given, neg, backend) / size
-        weight = (1 if weight is None else weight) * torch.where(none, 0, size)
+        losses = _each_positive(rows, given, neg, backend) / some
+        weight = size if weight is None else weight * size
     if base_tau is not None:
         losses = losses * (tau / base_tau)
-    losses, counts = losses + rows.poison, counts | rows.poison.isnan()
-    return anchors.reduce(losses, counts, weight, reduction, given.ignored)
+    return anchors.reduce_labelled(losses, none, no_positive, given, weight, reduction)
 
 
 def _each_positive(rows: Rows, given: anchors.Labelled, neg: Tensor, backend: str | None) -> Tensor:
@@ -197,10 +194,8 @@ def circle(
     if pool == "batch":
         twice = 2 if given.self_offset == 0 else 1  # x against itself sees each pair from both sides
         pos, neg = (masked_logsumexp(z, z != -torch.inf, 0)[None] - math.log(twice) for z in map(ranks.gathered, (pos, neg)))
-    empty = (pos == -torch.inf) | (neg == -torch.inf)
-    losses = torch.where(empty, 0, -logsigmoid(-torch.where(empty, 0, pos) - torch.where(empty, 0, neg)))
+    empty = torch.minimum(pos, neg) == -torch.inf
+    losses = anchors.softplus((pos + neg).masked_fill(empty, -torch.inf))  # loss and gradient 0
     if pool == "batch":
-        return losses[0] + ranks.total(rows.poison.sum())
-    counts = torch.ones_like(empty) if no_positive == "zero" else ~empty
-    losses, counts = losses + rows.poison, counts | rows.poison.isnan()
-    return anchors.reduce(losses, counts, given.weight, reduction, given.ignored)
+        return losses[0]
+    return anchors.reduce_labelled(losses, empty, no_positive, given, given.weight, reduction)

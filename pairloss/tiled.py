@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from . import pairs as pair_tiles
-from .engines import Call, SumsAndGrads, normalised, zero_grads
+from .engines import Call, Statistics, SumsAndGrads, normalised, weights_of, with_logs, zero_grads
 from .pairs import LOG2E, Pairs, Role, Tile
 
 # Sorting costs about as much as it saves while there are fewer tile rows than this.
@@ -33,7 +33,7 @@ def label_order_pays(call: Call) -> bool:
     return min(call.x.shape[0], call.candidates.shape[0]) >= LABEL_ORDER_TILES * pair_tiles.tile_rows(call) and pair_tiles.on_host(call)
 
 
-def row_stats_fwd(call: Call) -> tuple[Tensor, Tensor]:
+def row_stats_fwd(call: Call) -> Statistics:
     pairs = Pairs(call)
     rows = _Sums(pairs, call.x.shape[0])
     cols = rows if call.symmetric else _Sums(pairs, call.candidates.shape[0] if call.both_sides else 0)
@@ -55,13 +55,15 @@ def row_stats_fwd(call: Call) -> tuple[Tensor, Tensor]:
                 if to_cols:
                     cols.add(k, tile.j, shift, ek.sum(0))
     row_sums = normalised(rows.s, rows.m)
-    return row_sums, row_sums.new_empty(*row_sums.shape[:2], 0) if call.symmetric else normalised(cols.s, cols.m)
+    return with_logs(row_sums, row_sums.new_empty(*row_sums.shape[:2], 0) if call.symmetric else normalised(cols.s, cols.m))
 
 
-def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: list[bool]) -> list[Tensor | None]:
+def row_stats_bwd(
+    call: Call, row_sums: Tensor, row_grads: Tensor, col_sums: Tensor, col_grads: Tensor, needs: list[bool]
+) -> list[Tensor | None]:
     pairs = Pairs(call)
-    rows = _Weights(pairs, row_weights)
-    cols = rows if call.symmetric else _Weights(pairs, col_weights) if call.both_sides else None
+    rows = _Weights(pairs, weights_of(row_sums, row_grads))
+    cols = rows if call.symmetric else _Weights(pairs, weights_of(col_sums, col_grads)) if call.both_sides else None
 
     dx, dy, drow_bias, dcol_bias = zero_grads(call, needs)
     to_y, to_col_bias = (dx, drow_bias) if call.symmetric else (dy, dcol_bias)

@@ -68,12 +68,14 @@ void run(pairloss::Call call, double spread) {
   if (!call.symmetric) call.col_bias = col_bias.get();
 
   const bool both_sides = !call.symmetric;
-  Array<T> rows(2 * sets * n), cols(both_sides ? 2 * sets * m : 0), dx(n * call.d), dy(m * call.d), drow(n), dcol(m), sums(n);
+  Array<T> row_logs(sets * n), rows(2 * sets * n), col_logs(both_sides ? sets * m : 0), cols(2 * col_logs.size());
+  Array<T> dx(n * call.d), dy(m * call.d), drow(n), dcol(m), sums(n);
   const auto of_y = [&](const Array<T>& a) { return call.symmetric ? nullptr : a.get(); };
-  pairloss::row_stats(call, rows.get(), both_sides ? cols.get() : nullptr);
-  write(rows);
+  pairloss::row_stats(call, row_logs.get(), rows.get(), of_y(col_logs), of_y(cols));
+  write(rows);  // whose logarithms may be -inf
   write(cols);
-  pairloss::row_stats_backward(call, rows.get(), both_sides ? cols.get() : nullptr, dx.get(), of_y(dy), drow.get(), of_y(dcol));
+  // As gradients, sums are as good as other numbers.
+  pairloss::row_stats_backward(call, rows.get(), rows.get(), of_y(cols), of_y(cols), dx.get(), of_y(dy), drow.get(), of_y(dcol));
   for (const Array<T>* a : {&dx, &dy, &drow, &dcol}) write(*a);
   if (call.circle) return;
   for (bool positives : {false, true}) {

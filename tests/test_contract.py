@@ -61,10 +61,10 @@ def test_opcheck_forward(name, args):
 
 @pytest.mark.parametrize(("name", "args"), list(op_calls()), ids=lambda v: v if isinstance(v, str) else "")
 def test_opcheck_backward(name, args):
-    *_, row_sums, col_sums = torch.ops.pairloss.row_stats(*args)
+    rows, cols, row_sums, col_sums = torch.ops.pairloss.row_stats(*args)
     needs = [isinstance(args[i], torch.Tensor) for i in (0, 1, 5, 6)]
-    # s e^m as weights g e^-m: whatever, as long as nothing overflows
-    torch.library.opcheck(torch.ops.pairloss.row_stats_backward.default, (*args, row_sums, col_sums, needs))
+    grads = row_sums, torch.randn_like(rows), col_sums, torch.randn_like(cols)
+    torch.library.opcheck(torch.ops.pairloss.row_stats_backward.default, (*args, *grads, needs))
 
 
 @pytest.mark.parametrize("over", ["positives", "negatives"])

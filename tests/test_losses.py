@@ -11,7 +11,7 @@ import torch
 from conftest import ON_CPU
 
 import pairloss
-from pairloss import circle, clip, contrastive, entanglement, nt_xent, siglip, simple_contrastive, snnl, supcon, uniformity
+from pairloss import anchors, circle, clip, contrastive, entanglement, nt_xent, siglip, simple_contrastive, snnl, supcon, uniformity
 from pairloss.testing import LOSSES
 
 N, D = 12, 5
@@ -456,3 +456,9 @@ def test_ids_of_any_integer_dtype(backend, dtype):
         lambda ids: siglip(X, Y, 5.0, -2.0, ids=ids, backend=backend),
     ):
         assert torch.equal(loss(ids.to(dtype)), loss(ids))
+
+
+def test_the_logarithm_of_1_plus_e_to_the_x_keeps_the_digits_of_float64():
+    x = torch.tensor([-800.0, -40.0, 0.0, 19.0, 21.0, 36.0, 49.0, 51.0, 1e3, math.inf], dtype=torch.float64)
+    expected = torch.logaddexp(x, torch.zeros_like(x))
+    torch.testing.assert_close(anchors.softplus(x), expected, rtol=1e-15, atol=0)

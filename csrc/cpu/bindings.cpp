@@ -36,14 +36,16 @@ PYBIND11_MODULE(_cpu, module) {
 
   module.def(
       "row_stats",
-      [](const Call& call, uintptr_t row_sums, uintptr_t col_sums) { pairloss::row_stats(call, pointer(row_sums), pointer(col_sums)); },
+      [](const Call& call, uintptr_t row_logs, uintptr_t row_sums, uintptr_t col_logs, uintptr_t col_sums) {
+        pairloss::row_stats(call, pointer(row_logs), pointer(row_sums), pointer(col_logs), pointer(col_sums));
+      },
       release());
   module.def(
       "row_stats_backward",
-      [](const Call& call, uintptr_t row_weights, uintptr_t col_weights, uintptr_t dx, uintptr_t dy, uintptr_t drow_bias,
-          uintptr_t dcol_bias) {
-        pairloss::row_stats_backward(
-            call, pointer(row_weights), pointer(col_weights), pointer(dx), pointer(dy), pointer(drow_bias), pointer(dcol_bias));
+      [](const Call& call, uintptr_t row_sums, uintptr_t row_grads, uintptr_t col_sums, uintptr_t col_grads, uintptr_t dx, uintptr_t dy,
+          uintptr_t drow_bias, uintptr_t dcol_bias) {
+        pairloss::row_stats_backward(call, pointer(row_sums), pointer(row_grads), pointer(col_sums), pointer(col_grads), pointer(dx),
+            pointer(dy), pointer(drow_bias), pointer(dcol_bias));
       },
       release());
   module.def(

@@ -59,7 +59,7 @@ class Run {
     threads_ = std::clamp(int(worth), 1, std::max(1, call.threads));
   }
 
-  void row_stats(T* row_sums, T* col_sums) {
+  void row_stats(T* row_logs, T* row_sums, T* col_logs, T* col_sums) {
     share_bias();
     pairs_.bounded = bound() <= NO_SHIFT;
     pack(&panels_, call_.d, 1, call_.d, pairs_.y.rows, m_);
@@ -69,15 +69,16 @@ class Run {
       kernels_.products(pairs_, t, panels(t), b);
       kernels_.add_exponentials(pairs_, t, b, r, t.mirrored || col_sums ? &c : nullptr);
     });
-    rows.put(row_sums, call_.n);
-    if (col_sums) cols.put(col_sums, m_);
+    rows.put(row_logs, row_sums, call_.n);
+    if (col_sums) cols.put(col_logs, col_sums, m_);
   }
 
-  void row_stats_backward(const T* row_weights, const T* col_weights, T* dx, T* dy, T* drow_bias, T* dcol_bias) {
+  void row_stats_backward(const T* row_sums, const T* row_grads, const T* col_sums, const T* col_grads, T* dx, T* dy, T* drow_bias,
+      T* dcol_bias) {
     share_bias();
-    const WeightsOf rows(sets(), call_.n, row_weights), cols(sets(), m_, col_weights);
+    const WeightsOf rows(sets(), call_.n, row_sums, row_grads), cols(sets(), m_, col_sums, col_grads);
     backward(MIXED, dx, dy, drow_bias, dcol_bias, [&](const Tile& t, const Scratch<T>& b, T* row_bias, T* col_bias) {
-      const Weights<T>* of_cols = symmetric_ ? &rows.weights : col_weights ? &cols.weights : nullptr;
+      const Weights<T>* of_cols = symmetric_ ? &rows.weights : col_sums ? &cols.weights : nullptr;
       // x against itself: W_ij + W_ji. The diagonal's row sums see both (i, j) and (j, i).
       T* to_cols = !symmetric_ ? col_bias : t.mirrored ? row_bias : nullptr;
       kernels_.exponential_weights(pairs_, t, b, rows.weights, of_cols, row_bias, to_cols);
@@ -110,14 +111,15 @@ class Run {
       }
     }
 
-    // [2, K, n], as pairloss.engines.normalised.
-    void put(T* to, int64_t n) const {
+    // As pairloss.engines.log_of [K, n] and normalised [2, K, n].
+    void put(T* logs, T* to, int64_t n) const {
       for (int k = 0; k < sets; ++k) {
         for (int64_t i = 0; i < n; ++i) {
-          const T si = s[k * stride + i], mi = m[k * stride + i];
-          const T log_sum = si == 0 ? T(0) : std::abs(mi) < T(1 << 22) ? mi + std::log(si) : mi;
-          to[k * n + i] = si == 0 ? T(0) : si * std::exp(mi - log_sum);
-          to[(sets + k) * n + i] = log_sum;
+          const T si = s[k * stride + i], mi = m[k * stride + i], log_sum = mi + std::log(si);
+          const T shift = si == 0 ? T(0) : std::abs(mi) < T(1 << 22) ? log_sum : mi;
+          logs[k * n + i] = log_sum;
+          to[k * n + i] = si == 0 ? T(0) : si * std::exp(mi - shift);
+          to[(sets + k) * n + i] = shift;
         }
       }
     }
@@ -127,9 +129,14 @@ class Run {
     std::vector<T> parts[4];
     Weights<T> weights;
 
-    WeightsOf(int sets, int64_t n, const T* from) {
-      if (!from) return;
-      for (int k = 0; k < 2 * sets; ++k) parts[k] = padded(from + k * n, n);
+    // As pairloss.engines.weights_of.
+    WeightsOf(int sets, int64_t n, const T* sums, const T* grads) {
+      if (!sums) return;
+      for (int k = 0; k < sets; ++k) {
+        parts[k] = padded(grads + k * n, n);
+        parts[sets + k] = padded(sums + (sets + k) * n, n);
+        for (int64_t i = 0; i < n; ++i) parts[k][i] = sums[k * n + i] == 0 ? T(0) : parts[k][i] / sums[k * n + i];
+      }
       for (int k = 0; k < 2; ++k) {
         const int at = std::max(0, k - (2 - sets));
         weights.g[k] = parts[at].data();
@@ -320,19 +327,21 @@ void with_type(const Call& call, F f) {
 
 }  // namespace
 
-void row_stats(const Call& call, void* row_sums, void* col_sums) {
+void row_stats(const Call& call, void* row_logs, void* row_sums, void* col_logs, void* col_sums) {
   with_type(call, [&](auto type) {
     using T = decltype(type);
-    Run<T>(call).row_stats(static_cast<T*>(row_sums), static_cast<T*>(col_sums));
+    Run<T>(call).row_stats(
+        static_cast<T*>(row_logs), static_cast<T*>(row_sums), static_cast<T*>(col_logs), static_cast<T*>(col_sums));
   });
 }
 
-void row_stats_backward(
-    const Call& call, const void* row_weights, const void* col_weights, void* dx, void* dy, void* drow_bias, void* dcol_bias) {
+void row_stats_backward(const Call& call, const void* row_sums, const void* row_grads, const void* col_sums, const void* col_grads,
+    void* dx, void* dy, void* drow_bias, void* dcol_bias) {
   with_type(call, [&](auto type) {
     using T = decltype(type);
-    Run<T>(call).row_stats_backward(static_cast<const T*>(row_weights), static_cast<const T*>(col_weights), static_cast<T*>(dx),
-        static_cast<T*>(dy), static_cast<T*>(drow_bias), static_cast<T*>(dcol_bias));
+    Run<T>(call).row_stats_backward(static_cast<const T*>(row_sums), static_cast<const T*>(row_grads), static_cast<const T*>(col_sums),
+        static_cast<const T*>(col_grads), static_cast<T*>(dx), static_cast<T*>(dy), static_cast<T*>(drow_bias),
+        static_cast<T*>(dcol_bias));
   });
 }
 

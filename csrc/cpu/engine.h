@@ -24,12 +24,12 @@ struct Call {
   int threads;
 };
 
-// Sums and weights [2, K, n]: s and m of the sum s e^m, g and m of the weight g e^-m. Null columns: without both_sides.
-void row_stats(const Call&, void* row_sums, void* col_sums);
+// Sums [2, K, n]: s and m of the sum s e^m. Their logarithms, and the gradients of these, [K, n]. Null columns: without both_sides.
+void row_stats(const Call&, void* row_logs, void* row_sums, void* col_logs, void* col_sums);
 
 // Gradients are added to; null ones are not wanted.
-void row_stats_backward(
-    const Call&, const void* row_weights, const void* col_weights, void* dx, void* dy, void* drow_bias, void* dcol_bias);
+void row_stats_backward(const Call&, const void* row_sums, const void* row_grads, const void* col_sums, const void* col_grads, void* dx,
+    void* dy, void* drow_bias, void* dcol_bias);
 
 // The sums [n] and, with weights [n], the gradients; either may be null.
 void pair_sum(const Call&, bool over_positives, bool softplus, void* sums, const void* weights, void* dx, void* dy, void* drow_bias,
