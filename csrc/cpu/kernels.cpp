@@ -372,7 +372,6 @@ T longest(const T* a, int64_t n, int64_t d) {
 template <class T>
 constexpr Kernels<T> table() {
   Kernels<T> k{};
-  k.rows = ROWS;
   k.panel = PANEL<T>;
   k.width = WIDTH<T>;
   k.pack = pack<T>;

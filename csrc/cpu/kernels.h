@@ -76,7 +76,7 @@ struct Scratch {
 
 template <class T>
 struct Kernels {
-  int rows, panel, width;  // what the tile's sides are best multiples of, and must be multiples of
+  int panel, width;  // what the tile's sides are best multiples of, and must be multiples of
 
   // As product.h packs.
   void (*pack)(const T* a, int64_t depth, int64_t columns, int64_t stride_k, int64_t stride_j, T* panels);

@@ -10,9 +10,10 @@
 namespace pairloss {
 namespace {
 
-// ROWS x VECTORS accumulators, VECTORS operands and a broadcast fill the registers.
-constexpr int ROWS = REGISTERS == 32 ? 8 : 6, VECTORS = REGISTERS == 32 ? 3 : 2;
-constexpr int DEPTH = 256;
+// ROWS x VECTORS accumulators, VECTORS operands and a broadcast fill the registers, and the usual lengths of rows are multiples of PANEL.
+constexpr int ROWS = 6, VECTORS = REGISTERS == 32 ? 4 : 2;
+constexpr int DEPTH = 128;  // short enough for rounding errors as small as a library's
+constexpr int AHEAD = 8;    // the rows of a transposed A lie too far apart for the processor to foresee
 
 template <class T>
 constexpr int PANEL = VECTORS * WIDTH<T>;
@@ -39,6 +40,7 @@ inline void product_block(
   const T* row[ROWS];
   for (int i = 0; i < ROWS; ++i) row[i] = a + (i < rows ? i : rows - 1) * stride_a;
   for (int64_t k = 0; k < depth; ++k, panel += PANEL<T>) {
+    if constexpr (TRANSPOSED) __builtin_prefetch(a + (k + AHEAD) * stride_a);
     Vec<T> b[VECTORS];
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) b[v] = load(panel + v * WIDTH<T>);

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <numeric>
 #include <stdexcept>
 #include <type_traits>
 
@@ -54,7 +53,7 @@ const Target& target() {
 
 // A tile of weights and what it is multiplied with must stay in the second-level cache of a core; this share of it for the tile
 // measured best (bench/notes.md).
-constexpr double CACHE_SHARE = 0.3;
+constexpr double CACHE_SHARE = 0.46;
 constexpr int64_t CACHE_BYTES = 512 << 10;  // where the system doesn't say
 constexpr int64_t LARGEST_TILE = 512;
 
@@ -98,8 +97,8 @@ template <class T>
 int64_t tile_size(int64_t wanted) {
   const Kernels<T>& k = kernels<T>();
   if (wanted > 0) return rounded_up(wanted, k.width);
-  const int64_t unit = std::lcm(k.rows, k.panel), fits = int64_t(std::sqrt(CACHE_SHARE * cache_bytes() / sizeof(T)));
-  return std::clamp(fits / unit * unit, unit, LARGEST_TILE / unit * unit);
+  const int64_t fits = std::min(int64_t(std::sqrt(CACHE_SHARE * cache_bytes() / sizeof(T))), LARGEST_TILE);
+  return std::max<int64_t>(fits / k.panel, 1) * k.panel;
 }
 
 template const Kernels<float>& kernels();
