@@ -81,7 +81,7 @@ def test_an_instruction_set_that_is_not_there_is_refused():
 @needs_extension
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("n", "d"), [(450, 5), (30, 600)], ids=["shipped tiles", "long rows"])
+@pytest.mark.parametrize(("n", "d"), [(530, 5), (30, 600)], ids=["shipped tiles", "long rows"])
 def test_sizes_at_which_the_work_is_split(n, d, form, dtype):
     """More rows than a shipped tile has, and more columns than one stretch of a product."""
     assert_right(form, n, d, dtype)

@@ -52,7 +52,9 @@ inline void product_block(
     }
   }
   if (columns >= PANEL<T>) {
-    for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {  // unrolled: what has an index that varies is no register
+      if (i == rows) return;
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; ++v) {
         T* to = c + i * stride_c + v * WIDTH<T>;
@@ -61,7 +63,11 @@ inline void product_block(
     }
   } else {
     T all[ROWS][PANEL<T>];
-    std::memcpy(all, total, sizeof all);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) store(&all[i][v * WIDTH<T>], total[i][v]);
+    }
     for (int i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < columns; ++j) c[i * stride_c + j] = (add ? c[i * stride_c + j] : T(0)) + all[i][j];
     }
