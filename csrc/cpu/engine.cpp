@@ -50,7 +50,7 @@ class Run {
 
   explicit Run(const Call& call)
       : call_(call),
-        kernels_(kernels<T>()),
+        kernels_(kernels<T>(call.bfloat16)),
         symmetric_(call.symmetric),
         m_(symmetric_ ? call.n : call.m),
         tile_(tile_size<T>(call.tile)),
@@ -244,7 +244,7 @@ class Run {
   void pack(Panels* panels, int64_t depth, int64_t stride_k, int64_t stride_j, const T* rows, int64_t n) {
     const int64_t blocks = (n + tile_ - 1) / tile_, longest = std::min(tile_, n);
     const int64_t columns = depth ? longest : call_.d;
-    panels->stride = rounded_up(columns, kernels_.panel) * (depth ? depth : longest);
+    panels->stride = rounded_up(columns, kernels_.panel) * factors(depth ? depth : longest);
     panels->data = aligned<T>(blocks * panels->stride);
     std::atomic<int64_t> next{0};
     in_parallel(threads_, [&](int) {
@@ -299,17 +299,24 @@ class Run {
 
   int64_t vector_size() const { return rounded_up(tile_, PADDING) + PADDING; }
 
-  int64_t scratch_size() const { return std::min(tile_, call_.n) * row_stride() + PADDING + 9 * vector_size(); }
+  int64_t z_size() const { return std::min(tile_, call_.n) * row_stride() + PADDING; }
+
+  int64_t factors(int64_t terms) const { return rounded_up(terms, kernels_.terms) / kernels_.terms; }
+
+  int64_t pairs_size() const { return kernels_.terms == 1 ? 0 : std::max(z_size(), std::min(tile_, call_.n) * factors(call_.d)); }
+
+  int64_t scratch_size() const { return z_size() + 9 * vector_size() + pairs_size(); }
 
   Scratch<T> scratch(T* memory) const {
     Scratch<T> b;
     b.z = memory;
     b.stride = row_stride();
-    memory += std::min(tile_, call_.n) * b.stride + PADDING;
+    memory += z_size();
     b.slope = memory;
     for (T** part : {b.row_total, b.row_shift, b.col_total, b.col_shift}) {
       for (int k = 0; k < 2; ++k) part[k] = memory += vector_size();
     }
+    b.pairs = memory + vector_size();
     return b;
   }
 
