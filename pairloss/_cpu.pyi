@@ -5,6 +5,7 @@ class Call:
         self,
         *,
         is_double: bool,
+        bfloat16: bool,
         symmetric: bool,
         has_ids: bool,
         n: int,

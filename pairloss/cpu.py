@@ -1,7 +1,8 @@
 """The engine "cpu": C++ for tensors on the CPU, csrc/cpu. This file turns calls into pointers.
 
 Fused: products, biases, the pair left out, label masks, exponentials, sums; never materialised: more than one tile of pairs for each
-thread. float32 and float64; half rows are rounded to their dtype and multiplied in float32. As many threads as
+thread. float32 and float64; half rows are rounded to their dtype and multiplied in float32, of bfloat16 by AVX512-BF16 where the
+processor has it, with weights rounded to bfloat16 for the gradient's products. As many threads as
 torch.get_num_threads(), with the same bits for any number of them.
 """
 
@@ -26,6 +27,11 @@ def why_not(call: Call) -> str | None:
     if call.x.device.type != "cpu":
         return f"the tensors are on {call.x.device.type}, not on the CPU"
     return None
+
+
+def instruction_set() -> str | None:
+    """The one that csrc/cpu uses on this processor, None where it isn't built."""
+    return None if _missing is not None else _cpu.targets()[0]
 
 
 def label_order_pays(call: Call) -> bool:
@@ -69,6 +75,7 @@ class _Arguments:
         x, y, ids_x, ids_y, row_bias, col_bias = map(_address, self.tensors)
         self.call = _cpu.Call(
             is_double=call.x.dtype == torch.float64,
+            bfloat16=call.product_dtype == torch.bfloat16,
             symmetric=call.symmetric,
             has_ids=call.ids_x is not None,
             n=call.x.shape[0],

@@ -1,8 +1,9 @@
 // Runs the CPU engine through every form, on arrays without a spare entry, and writes what it computes to the file named first: for
-// sanitizers, and to compare builds. Each array is its bytes per number, its length and its numbers, all as doubles. The input is fixed; the
-// second argument is the number of threads.
+// sanitizers, and to compare builds. Each array is its bytes per number (2: float, from weights that may be rounded to bfloat16), its length
+// and its numbers, all as doubles. The input is fixed; the second argument is the number of threads.
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <random>
@@ -46,9 +47,19 @@ Array<int64_t> ids(int64_t n, int64_t words, int64_t factor) {
 
 void put(double value) { std::fwrite(&value, sizeof value, 1, out); }
 
+// Numbers of bfloat16: the upper halves of floats.
+void truncate(const Array<float>& a) {
+  for (int64_t i = 0; i < a.size(); ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, a.get() + i, sizeof bits);
+    bits &= 0xffff0000;
+    std::memcpy(a.get() + i, &bits, sizeof bits);
+  }
+}
+
 template <class T>
-void write(const Array<T>& a) {
-  put(sizeof(T));
+void write(const Array<T>& a, int bytes = sizeof(T)) {
+  put(bytes);
   put(a.size());
   for (int64_t i = 0; i < a.size(); ++i) put(a.get()[i]);
 }
@@ -59,6 +70,13 @@ void run(pairloss::Call call, double spread) {
   const Array<T> x = random<T>(n * call.d, spread), y = random<T>(m * call.d, spread);
   const Array<T> row_bias = random<T>(n, 1), col_bias = random<T>(m, 1), weights = random<T>(n, 1);
   const Array<int64_t> ids_x = ids(n, call.words, 1), ids_y = ids(m, call.words, 1);
+  if constexpr (sizeof(T) == 4) {
+    if (call.bfloat16) {
+      truncate(x);
+      truncate(y);
+    }
+  }
+  const int of_gradients = call.bfloat16 ? 2 : sizeof(T);
   call.is_double = sizeof(T) == 8;
   call.x = x.get();
   if (!call.symmetric) call.y = y.get();
@@ -76,7 +94,8 @@ void run(pairloss::Call call, double spread) {
   write(cols);
   // As gradients, sums are as good as other numbers.
   pairloss::row_stats_backward(call, rows.get(), rows.get(), of_y(cols), of_y(cols), dx.get(), of_y(dy), drow.get(), of_y(dcol));
-  for (const Array<T>* a : {&dx, &dy, &drow, &dcol}) write(*a);
+  for (const Array<T>* a : {&dx, &dy}) write(*a, of_gradients);
+  for (const Array<T>* a : {&drow, &dcol}) write(*a);
   if (call.circle) return;
   for (bool positives : {false, true}) {
     if (positives && !call.has_ids) continue;
@@ -84,7 +103,8 @@ void run(pairloss::Call call, double spread) {
       Array<T> sx(n * call.d), sy(m * call.d), srow(n), scol(m);
       pairloss::pair_sum(
           call, positives, softplus, sums.get(), weights.get(), sx.get(), of_y(sy), srow.get(), of_y(scol));
-      for (const Array<T>* a : {&sums, &sx, &sy, &srow, &scol}) write(*a);
+      for (const Array<T>* a : {&sx, &sy}) write(*a, of_gradients);
+      for (const Array<T>* a : {&sums, &srow, &scol}) write(*a);
     }
   }
 }
@@ -119,6 +139,8 @@ int main(int, char** arguments) {
               call.threads = std::atoi(arguments[2]);
               run<float>(call, spread / d);
               run<double>(call, spread / d);
+              call.bfloat16 = true;
+              run<float>(call, spread / d);
             }
           }
         }

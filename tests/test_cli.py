@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from pairloss import engines, testing, tiled
+from pairloss import cpu, engines, testing, tiled
 from pairloss.cli import app
 from pairloss.cli.measure import engine_name, small_call
 
@@ -34,6 +34,7 @@ def test_info_lists_versions_devices_and_engines(run):
     assert result.exit_code == 0
     for word in ("pairloss", "torch", torch.__version__, "cpu: ", "threads", *engines.BACKENDS, "by name only"):
         assert word in result.output
+    assert cpu.instruction_set() is None or f"engine cpu by {cpu.instruction_set()}" in result.output
     assert max(map(len, result.output.splitlines())) <= 100
 
 

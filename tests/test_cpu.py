@@ -1,6 +1,8 @@
 """The C++ engine by itself: every instruction set, number of threads and length of rows; sanitizers; how it is built or not."""
 
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -32,38 +34,45 @@ def missing_sanitizers() -> str | None:
 FORMS = ("self", "self-circle", "two-cutoff", "positives", "negatives")
 
 
-def run(form: str, n: int, d: int, dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
-    """What a form of the primitive gives, with its gradients."""
+def run(form: str, n: int, d: int, dtype: torch.dtype, backend: str, product_dtype: torch.dtype) -> list[torch.Tensor]:
+    """What a form of the primitive gives, with its gradients, of rows that are numbers of the product dtype."""
     generator = torch.Generator().manual_seed(n + d)
     x, y = (torch.randn(size, d, generator=generator, dtype=torch.float64).div_(d**0.5) for size in (n, n + 9))
     bias, ids = torch.randn(n, generator=generator, dtype=torch.float64), torch.randint(0, 4, (n + 9,), generator=generator)
-    leaves = [v.to(dtype).requires_grad_() for v in (x, y, bias)]
+    leaves = [v.to(dtype).requires_grad_() for v in (x.to(product_dtype), y.to(product_dtype), bias)]
     x, y, bias = leaves
+    how = {"product_dtype": product_dtype, "backend": backend}
     if form.startswith("self"):
         score = {"score": "circle", "m": 0.25, "gamma": 8.0} if "circle" in form else {}
-        out = row_stats(x, None, ids[:n], self_offset=0, row_bias=bias, **score, backend=backend)[0]
+        out = row_stats(x, None, ids[:n], self_offset=0, row_bias=bias, **score, **how)[0]
         out = out + 0 * y.sum()
     elif form == "two-cutoff":
-        both = row_stats(x, y, None, None, 3, bias, cutoff=torch.tensor(-0.1, dtype=dtype), both_sides=True, backend=backend)
+        both = row_stats(x, y, None, None, 3, bias, cutoff=torch.tensor(-0.1, dtype=dtype), both_sides=True, **how)
         out = torch.cat(both, 1)
     else:
-        out = pair_sum(x, y, ids[:n], ids, 3, bias, over=form, backend=backend)
+        out = pair_sum(x, y, ids[:n], ids, 3, bias, over=form, **how)
     weights = torch.linspace(0.5, 1.5, out.numel(), dtype=dtype).view_as(out)
     return [out.detach(), *torch.autograd.grad((out * weights).sum(), leaves)]
 
 
 def assert_right(form: str, n: int, d: int, dtype: torch.dtype) -> None:
-    truth = run(form, n, d, torch.float64, "reference")
-    eager = run(form, n, d, dtype, "reference")
-    for name, *values in zip(("values", "dx", "dy", "dbias"), run(form, n, d, dtype, "cpu"), truth, eager, strict=True):
-        assert_rule(name, *values, dtype)
+    numbers = torch.float32 if dtype == torch.bfloat16 else dtype
+    truth = run(form, n, d, torch.float64, "reference", dtype)
+    eager = run(form, n, d, numbers, "reference", dtype)
+    for name, *values in zip(("values", "dx", "dy", "dbias"), run(form, n, d, numbers, "cpu", dtype), truth, eager, strict=True):
+        assert_rule(name, *values, dtype if name in ("dx", "dy") else numbers)
+
+
+HERE = [] if cpu._missing else cpu._cpu.targets()
 
 
 @needs_extension
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("target", [] if cpu._missing else cpu._cpu.targets())
+@pytest.mark.parametrize("target", ["avx512bf16", "avx512", "avx2", "baseline"])
 def test_every_instruction_set_of_this_processor(target, form, dtype):
+    if target not in HERE:
+        pytest.skip(f"this processor lacks {target}, or this build")
     cpu._cpu.use_target(target)
     try:
         with tiles(32):
@@ -73,15 +82,67 @@ def test_every_instruction_set_of_this_processor(target, form, dtype):
 
 
 @needs_extension
-def test_an_instruction_set_that_is_not_there_is_refused():
+@pytest.mark.parametrize("target", ["avx1024", *sorted({"avx512bf16", "avx512", "avx2"} - set(HERE))])
+def test_an_instruction_set_that_is_not_there_is_refused(target):
     with pytest.raises(ValueError, match=r"target: expected one of pairloss\._cpu\.targets"):
-        cpu._cpu.use_target("avx1024")
+        cpu._cpu.use_target(target)
 
 
 @needs_extension
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_best_instruction_set_that_linux_lists_is_used():
+    if not Path("/proc/cpuinfo").exists() or platform.machine() != "x86_64":
+        pytest.skip("no list of an x86 processor's instruction sets")
+    flags = set(re.search(r"^flags\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())
+    needs = {
+        "avx512bf16": {"avx512_bf16", "avx512f", "avx512dq", "avx512vl"},
+        "avx512": {"avx512f", "avx512dq", "avx512vl"},
+        "avx2": {"avx2", "fma"},
+    }
+    assert [*(target for target, of in needs.items() if of <= flags), "baseline"] == HERE
+
+
+def emulated_and_real_dots() -> list[str]:
+    flags = {"emulated": ["-DPAIRLOSS_EMULATED"], "real": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx512bf16"]}
+    return [pytest.param(name == "real", options, id=name) for name, options in flags.items()]
+
+
+@pytest.mark.parametrize(("real", "flags"), emulated_and_real_dots())
+def test_the_bfloat16_instruction_rounds_as_torch_does(tmp_path, real, flags):
+    """Bit for bit, so that the emulation that other tests run on is what the processor does: terms to bfloat16, to the nearest and ties to
+    even; then upper and lower halves after one another, in float32; denormals are 0."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    if real and "avx512bf16" not in HERE:
+        pytest.skip("this processor lacks avx512bf16, or this build")
+    program, given, results = tmp_path / "program", tmp_path / "in", tmp_path / "out"
+    command = ["g++", "-std=c++20", "-O1", "-ffp-contract=off", *flags, "tests/bfloat16.cpp", "-o", str(program)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(4000, 5, generator=generator) * 10 ** torch.randint(-3, 4, (4000, 5), generator=generator)
+    tie = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, -0x407E8000]).int().view(torch.float32)  # between two numbers of bfloat16
+    v[: len(tie)] = torch.stack([torch.zeros(4), tie, torch.zeros(4), torch.ones(4), torch.ones(4)], 1)
+    nan, inf = torch.nan, torch.inf
+    v[4:14] = torch.tensor(
+        [[0, nan, 1, 1, 1], [0, 0, 1, 1, 1], [0, 1, inf, 1, 1], [0, 1, 1, 1, inf], [0, inf, 1, 0, 1], [0, 1e-40, 1, 1e30, 0],
+         [2**-127, 0, 2**-63, 0, 2**-63], [0, 1e-20, 0, 1e-20, 0], [1, 2**-24, 2**-24, 1, 1], [3e38, 3e38, -3e38, 1, 1]]
+    )  # fmt: skip
+    v[5, 1] = torch.tensor(0x7FFFFFFF).int().view(torch.float32)  # the NaN that rounding as a number would make -0
+    given.write_bytes(v.numpy().tobytes())
+    subprocess.run([str(program), str(given), str(results)], check=True)
+
+    def normal(numbers: torch.Tensor) -> torch.Tensor:
+        return torch.where(numbers.abs() < torch.finfo(torch.float32).tiny, 0, numbers)
+
+    total, terms = normal(v[:, 0]), normal(v[:, 1:].bfloat16().float())
+    for first, second in ((1, 3), (0, 2)):
+        total = normal(total + terms[:, first] * terms[:, second])
+    torch.testing.assert_close(torch.from_numpy(np.fromfile(results, np.float32)), total, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("n", "d"), [(450, 5), (30, 600)], ids=["shipped tiles", "long rows"])
+@pytest.mark.parametrize(("n", "d"), [(530, 5), (30, 600)], ids=["shipped tiles", "long rows"])
 def test_sizes_at_which_the_work_is_split(n, d, form, dtype):
     """More rows than a shipped tile has, and more columns than one stretch of a product."""
     assert_right(form, n, d, dtype)
@@ -146,10 +207,14 @@ def test_an_install_without_pybind11_says_so(tmp_path, monkeypatch):
 
 
 BUILDS = {
-    "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-    "thread": ("-fsanitize=thread",),
-    "wide": ("-DPAIRLOSS_WIDE", "-w"),  # vectors of 64 bytes, as for AVX-512, on any processor
+    "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DPAIRLOSS_EMULATED"),
+    "thread": ("-fsanitize=thread", "-DPAIRLOSS_EMULATED"),
+    "wide": ("-DPAIRLOSS_WIDE", "-DPAIRLOSS_EMULATED", "-w"),  # vectors of 64 bytes, as for AVX-512, on any processor
+    "floats": (),  # bfloat16 rows multiplied as floats; in the others by the emulated instruction
 }
+
+
+BYTES = {8: torch.float64, 4: torch.float32, 2: torch.bfloat16}
 
 
 def every_form(tmp_path: Path, build: str, threads: int) -> list[tuple[torch.dtype, torch.Tensor]]:
@@ -173,20 +238,26 @@ def every_form(tmp_path: Path, build: str, threads: int) -> list[tuple[torch.dty
     numbers, arrays = torch.from_numpy(np.fromfile(out)), []
     while len(numbers):
         size = int(numbers[1])
-        arrays.append((torch.float64 if numbers[0] == 8 else torch.float32, numbers[2 : 2 + size]))
+        arrays.append((BYTES[int(numbers[0])], numbers[2 : 2 + size]))
         numbers = numbers[2 + size :]
     return arrays
 
 
 def test_sanitizers_and_wide_vectors(tmp_path):
-    """No access out of bounds, no undefined behaviour, no race; the same bits for 2 and 4 threads; vectors of 64 bytes compute the same."""
+    """No access out of bounds, no undefined behaviour, no race; the same bits for 2 and 4 threads; vectors of 64 bytes compute the same,
+    and so do products of bfloat16 by their instruction, but for weights rounded to it."""
     reason = missing_sanitizers()
     if reason is not None:
         pytest.skip(reason)
-    results = {build: every_form(tmp_path, build, threads) for build, threads in (("address", 2), ("thread", 4), ("wide", 3))}
+    results = {build: every_form(tmp_path, build, threads) for build, threads in zip(BUILDS, (2, 4, 3, 1), strict=True)}
     assert len(results["address"]) > 1000
-    for (dtype, a), (_, b), (_, wide) in zip(*results.values(), strict=True):
+    for (dtype, a), (_, b), (_, wide), (_, floats) in zip(*results.values(), strict=True):
         assert torch.isfinite(a).all()
         assert torch.equal(a, b)
         if len(a):
-            assert (a - wide).abs().max() <= testing.FLOORS[dtype] * a.abs().max()
+            assert (a - wide).abs().max() <= testing.FLOORS[torch.float32 if dtype == torch.bfloat16 else dtype] * a.abs().max()
+            assert (a - floats).abs().max() <= testing.FLOORS[dtype] * a.abs().max()
+    gradients = [
+        (a, floats) for (dtype, a), (_, floats) in zip(results["address"], results["floats"], strict=True) if dtype == torch.bfloat16
+    ]
+    assert sum(not torch.equal(*both) for both in gradients) > len(gradients) / 2  # weights were rounded: the instruction was used

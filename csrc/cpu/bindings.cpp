@@ -17,10 +17,10 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-Call make_call(bool is_double, bool symmetric, bool has_ids, int64_t n, int64_t m, int64_t d, uintptr_t x, uintptr_t y, uintptr_t ids_x, uintptr_t ids_y,
+Call make_call(bool is_double, bool bfloat16, bool symmetric, bool has_ids, int64_t n, int64_t m, int64_t d, uintptr_t x, uintptr_t y, uintptr_t ids_x, uintptr_t ids_y,
     int64_t words, std::optional<int64_t> self_offset, uintptr_t row_bias, uintptr_t col_bias, bool circle, double margin, double gamma, double cutoff,
     double logit_bound, int64_t tile, int threads) {
-  return {is_double, symmetric, has_ids, n, m, d, pointer(x), pointer(y), pointer<int64_t>(ids_x), pointer<int64_t>(ids_y), words, self_offset.has_value(),
+  return {is_double, bfloat16, symmetric, has_ids, n, m, d, pointer(x), pointer(y), pointer<int64_t>(ids_x), pointer<int64_t>(ids_y), words, self_offset.has_value(),
       self_offset.value_or(0), pointer(row_bias), pointer(col_bias), circle, margin, gamma, cutoff, logit_bound, tile, threads};
 }
 
@@ -29,7 +29,7 @@ Call make_call(bool is_double, bool symmetric, bool has_ids, int64_t n, int64_t 
 PYBIND11_MODULE(_cpu, module) {
   using release = py::call_guard<py::gil_scoped_release>;
 
-  py::class_<Call>(module, "Call").def(py::init(&make_call), py::kw_only(), py::arg("is_double"), py::arg("symmetric"), py::arg("has_ids"), py::arg("n"), py::arg("m"),
+  py::class_<Call>(module, "Call").def(py::init(&make_call), py::kw_only(), py::arg("is_double"), py::arg("bfloat16"), py::arg("symmetric"), py::arg("has_ids"), py::arg("n"), py::arg("m"),
       py::arg("d"), py::arg("x"), py::arg("y"), py::arg("ids_x"), py::arg("ids_y"), py::arg("words"), py::arg("self_offset"), py::arg("row_bias"),
       py::arg("col_bias"), py::arg("circle"), py::arg("margin"), py::arg("gamma"), py::arg("cutoff"), py::arg("logit_bound"),
       py::arg("tile"), py::arg("threads"));

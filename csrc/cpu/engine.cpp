@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <new>
 
 #include "kernels.h"
 #include "schedule.h"
@@ -18,6 +19,21 @@ namespace {
 #ifndef PAIRLOSS_THREAD_FLOPS
 #define PAIRLOSS_THREAD_FLOPS 4e6
 #endif
+
+// A cache line: vectors that cross two cost a fourth of the products' speed.
+constexpr std::align_val_t ALIGNMENT{64};
+
+struct Delete {
+  void operator()(void* memory) const { ::operator delete[](memory, ALIGNMENT); }
+};
+
+template <class T>
+using Aligned = std::unique_ptr<T[], Delete>;
+
+template <class T>
+Aligned<T> aligned(int64_t n) {
+  return Aligned<T>(new (ALIGNMENT) T[n]);
+}
 
 // n entries, and PADDING more of value 0.
 template <class T>
@@ -34,7 +50,7 @@ class Run {
 
   explicit Run(const Call& call)
       : call_(call),
-        kernels_(kernels<T>()),
+        kernels_(kernels<T>(call.bfloat16)),
         symmetric_(call.symmetric),
         m_(symmetric_ ? call.n : call.m),
         tile_(tile_size<T>(call.tile)),
@@ -226,7 +242,7 @@ class Run {
 
   // Blocks of rows as panels: block by block, [depth, columns] each, as product.h has them.
   struct Panels {
-    std::unique_ptr<T[]> data;
+    Aligned<T> data;
     int64_t stride;
   };
 
@@ -235,8 +251,8 @@ class Run {
   void pack(Panels* panels, int64_t depth, int64_t stride_k, int64_t stride_j, const T* rows, int64_t n) {
     const int64_t blocks = (n + tile_ - 1) / tile_, longest = std::min(tile_, n);
     const int64_t columns = depth ? longest : call_.d;
-    panels->stride = rounded_up(columns, kernels_.panel) * (depth ? depth : longest);
-    panels->data.reset(new T[blocks * panels->stride]);
+    panels->stride = rounded_up(columns, kernels_.panel) * factors(depth ? depth : longest);
+    panels->data = aligned<T>(blocks * panels->stride);
     std::atomic<int64_t> next{0};
     in_parallel(threads_, [&](int) {
       for (int64_t k; (k = next++) < blocks;) {
@@ -273,8 +289,8 @@ class Run {
   // Calls f(tile, scratch) for all tiles, or for those that can hold pairs of one set.
   template <class F>
   void visit(Set wanted, F f) {
-    std::vector<std::unique_ptr<T[]>> memory;
-    for (int thread = 0; thread < threads_; ++thread) memory.emplace_back(new T[scratch_size()]);
+    std::vector<Aligned<T>> memory;
+    for (int thread = 0; thread < threads_; ++thread) memory.push_back(aligned<T>(scratch_size()));
     const auto has_pairs = [&](int64_t i, int64_t j) { return has(wanted, tile(i, j)); };
     visit_blocks(symmetric_, blocks_x_, blocks_y_, threads_, has_pairs, [&](int thread, int64_t i, int64_t j) {
       f(tile(i, j), scratch(memory[thread].get()));
@@ -290,17 +306,24 @@ class Run {
 
   int64_t vector_size() const { return rounded_up(tile_, PADDING) + PADDING; }
 
-  int64_t scratch_size() const { return std::min(tile_, call_.n) * row_stride() + PADDING + 9 * vector_size(); }
+  int64_t z_size() const { return std::min(tile_, call_.n) * row_stride() + PADDING; }
+
+  int64_t factors(int64_t terms) const { return rounded_up(terms, kernels_.terms) / kernels_.terms; }
+
+  int64_t pairs_size() const { return kernels_.terms == 1 ? 0 : std::max(z_size(), std::min(tile_, call_.n) * factors(call_.d)); }
+
+  int64_t scratch_size() const { return z_size() + 9 * vector_size() + pairs_size(); }
 
   Scratch<T> scratch(T* memory) const {
     Scratch<T> b;
     b.z = memory;
     b.stride = row_stride();
-    memory += std::min(tile_, call_.n) * b.stride + PADDING;
+    memory += z_size();
     b.slope = memory;
     for (T** part : {b.row_total, b.row_shift, b.col_total, b.col_shift}) {
       for (int k = 0; k < 2; ++k) part[k] = memory += vector_size();
     }
+    b.pairs = memory + vector_size();
     return b;
   }
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "bfloat16.h"
 #include "product.h"
 #include "vector.h"
 
@@ -369,16 +370,16 @@ T longest(const T* a, int64_t n, int64_t d) {
   return std::sqrt(top);
 }
 
-template <class T>
+template <class F, class T = typename F::Sum>
 constexpr Kernels<T> table() {
   Kernels<T> k{};
-  k.rows = ROWS;
   k.panel = PANEL<T>;
   k.width = WIDTH<T>;
-  k.pack = pack<T>;
+  k.terms = F::TERMS;
+  k.pack = pack<F>;
   k.longest = longest<T>;
   k.products = [](const Pairs<T>& p, const Tile& t, const T* panels, const Scratch<T>& b) {
-    product<T, false>(t.rows, t.cols, p.d, p.x.rows + t.i * p.d, p.d, panels, b.z, b.stride, false);
+    product<F, false>(t.rows, t.cols, p.d, p.x.rows + t.i * p.d, p.d, panels, b.z, b.stride, false, b.pairs);
   };
   k.add_exponentials = [](const Pairs<T>& p, const Tile& t, const Scratch<T>& b, const Sums<T>& rows, const Sums<T>* cols) {
     with(t.set == MIXED, p.circle, [&](auto mix, auto circle) { add_exponentials<T, mix, circle>(p, t, b, rows, cols); });
@@ -396,10 +397,10 @@ constexpr Kernels<T> table() {
     });
   };
   k.add_rows = [](const Tile& t, int64_t d, const Scratch<T>& b, const T* panels, T* to) {
-    product<T, false>(t.rows, d, t.cols, b.z, b.stride, panels, to + t.i * d, d, true);
+    product<F, false>(t.rows, d, t.cols, b.z, b.stride, panels, to + t.i * d, d, true, b.pairs);
   };
   k.add_cols = [](const Tile& t, int64_t d, const Scratch<T>& b, const T* panels, T* to) {
-    product<T, true>(t.cols, d, t.rows, b.z, b.stride, panels, to + t.j * d, d, true);
+    product<F, true>(t.cols, d, t.rows, b.z, b.stride, panels, to + t.j * d, d, true, b.pairs);
   };
   return k;
 }
@@ -407,8 +408,9 @@ constexpr Kernels<T> table() {
 }  // namespace
 
 namespace PAIRLOSS_TARGET {
-extern const Kernels<float> float_kernels = table<float>();
-extern const Kernels<double> double_kernels = table<double>();
+extern const Kernels<float> float_kernels = table<Plain<float>>();
+extern const Kernels<double> double_kernels = table<Plain<double>>();
+extern const Kernels<float> bfloat16_kernels = table<Bfloat16>();
 }  // namespace PAIRLOSS_TARGET
 
 }  // namespace pairloss

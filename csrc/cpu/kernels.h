@@ -71,12 +71,14 @@ struct Scratch {
   T* z;            // [rows, stride]: products, then logits, then weights of the pairs
   int64_t stride;  // columns, and enough to keep rows out of each other's cache lines
   T* slope;        // [cols], of one row
+  T* pairs;        // of the rows of x or of the weights, where product.h multiplies pairs
   T *row_total[2], *row_shift[2], *col_total[2], *col_shift[2];
 };
 
 template <class T>
 struct Kernels {
-  int rows, panel, width;  // what the tile's sides are best multiples of, and must be multiples of
+  int panel, width;  // what the tile's sides are best multiples of, and must be multiples of
+  int terms;         // numbers in a factor of product.h
 
   // As product.h packs.
   void (*pack)(const T* a, int64_t depth, int64_t columns, int64_t stride_k, int64_t stride_j, T* panels);

@@ -1,8 +1,8 @@
 // Products of tiles, C (+)= A B, that stay in the caches of one core.
 //
 // B is packed: panels of PANEL columns, each K x PANEL without gaps, the last one filled up with zeros. A and C are as they
-// come. A tile of ROWS x PANEL of C stays in registers over up to DEPTH terms, summed in their order: <a, b> and <b, a> round
-// alike.
+// come. A tile of ROWS x PANEL of C stays in registers over up to DEPTH factors, summed in their order: <a, b> and <b, a> round
+// alike. A factor is one number, or as in bfloat16.h a pair that is multiplied at once.
 #pragma once
 
 #include "vector.h"
@@ -10,35 +10,65 @@
 namespace pairloss {
 namespace {
 
-// ROWS x VECTORS accumulators, VECTORS operands and a broadcast fill the registers.
-constexpr int ROWS = REGISTERS == 32 ? 8 : 6, VECTORS = REGISTERS == 32 ? 3 : 2;
-constexpr int DEPTH = 256;
+// ROWS x VECTORS accumulators, VECTORS operands and a broadcast fill the registers, and the usual lengths of rows are multiples of PANEL.
+constexpr int ROWS = 6, VECTORS = REGISTERS == 32 ? 4 : 2;
+constexpr int DEPTH = 128;  // short enough for rounding errors as small as a library's
+constexpr int AHEAD = 8;    // the rows of a transposed A lie too far apart for the processor to foresee
 
 template <class T>
 constexpr int PANEL = VECTORS * WIDTH<T>;
 
-// Panels of the matrix whose entry (k, j) is a[k * stride_k + j * stride_j].
+// Numbers as factors.
 template <class T>
+struct Plain {
+  using Sum = T;
+  static constexpr int TERMS = 1;
+  static PAIRLOSS_INLINE T factor(T first, T) { return first; }
+  static PAIRLOSS_INLINE Vec<T> add(Vec<T> total, T a, Vec<T> b) { return total + a * b; }
+};
+
+// Panels of the matrix whose entry (k, j) is a[k * stride_k + j * stride_j].
+template <class F, class T = typename F::Sum>
 void pack(const T* a, int64_t depth, int64_t columns, int64_t stride_k, int64_t stride_j, T* panels) {
   for (int64_t j0 = 0; j0 < columns; j0 += PANEL<T>) {
     const int64_t width = columns - j0 < PANEL<T> ? columns - j0 : PANEL<T>;
-    for (int64_t k = 0; k < depth; ++k, panels += PANEL<T>) {
+    for (int64_t k = 0; k < depth; k += F::TERMS, panels += PANEL<T>) {
       const T* from = a + k * stride_k + j0 * stride_j;
-      for (int64_t j = 0; j < width; ++j) panels[j] = from[j * stride_j];
+      const bool second = k + 1 < depth;
+      for (int64_t j = 0; j < width; ++j) panels[j] = F::factor(from[j * stride_j], second ? from[stride_k + j * stride_j] : T(0));
       for (int64_t j = width; j < PANEL<T>; ++j) panels[j] = 0;
     }
   }
 }
 
+// A [m, depth] (transposed: its transpose as it lies, which keeps its stride) in pairs; returns how many a row has.
+template <class F, bool TRANSPOSED, class T>
+int64_t pair_up(int64_t m, int64_t depth, const T* a, int64_t stride_a, T* to) {
+  const int64_t count = (depth + 1) / 2, pairs = depth / 2;
+  if constexpr (TRANSPOSED) {
+    for (int64_t k = 0; k < count; ++k) {
+      const T *first = a + 2 * k * stride_a, *second = first + stride_a;
+      for (int64_t i = 0; i < m; ++i) to[k * stride_a + i] = F::factor(first[i], k < pairs ? second[i] : T(0));
+    }
+  } else {
+    for (int64_t i = 0; i < m; ++i, a += stride_a, to += count) {
+      for (int64_t k = 0; k < pairs; ++k) to[k] = F::factor(a[2 * k], a[2 * k + 1]);
+      if (pairs < count) to[pairs] = F::factor(a[2 * pairs], T(0));
+    }
+  }
+  return count;
+}
+
 // One ROWS x PANEL tile of C; rows and columns beyond `rows` and `columns` are not written. Entry (i, k) of A is
 // a[i * stride_a + k], or transposed, a[k * stride_a + i].
-template <class T, bool TRANSPOSED>
+template <class F, bool TRANSPOSED, class T = typename F::Sum>
 inline void product_block(
     int64_t depth, const T* a, int64_t stride_a, const T* panel, T* c, int64_t stride_c, int rows, int64_t columns, bool add) {
   Vec<T> total[ROWS][VECTORS] = {};
   const T* row[ROWS];
   for (int i = 0; i < ROWS; ++i) row[i] = a + (i < rows ? i : rows - 1) * stride_a;
   for (int64_t k = 0; k < depth; ++k, panel += PANEL<T>) {
+    if constexpr (TRANSPOSED) __builtin_prefetch(a + (k + AHEAD) * stride_a);
     Vec<T> b[VECTORS];
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) b[v] = load(panel + v * WIDTH<T>);
@@ -46,11 +76,13 @@ inline void product_block(
     for (int i = 0; i < ROWS; ++i) {
       const T ai = TRANSPOSED ? a[k * stride_a + i] : row[i][k];
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) total[i][v] += ai * b[v];
+      for (int v = 0; v < VECTORS; ++v) total[i][v] = F::add(total[i][v], ai, b[v]);
     }
   }
   if (columns >= PANEL<T>) {
-    for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {  // unrolled: what has an index that varies is no register
+      if (i == rows) return;
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; ++v) {
         T* to = c + i * stride_c + v * WIDTH<T>;
@@ -59,23 +91,33 @@ inline void product_block(
     }
   } else {
     T all[ROWS][PANEL<T>];
-    std::memcpy(all, total, sizeof all);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) store(&all[i][v * WIDTH<T>], total[i][v]);
+    }
     for (int i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < columns; ++j) c[i * stride_c + j] = (add ? c[i * stride_c + j] : T(0)) + all[i][j];
     }
   }
 }
 
-// C (+)= A B with A [m, depth] (transposed: its transpose as it lies), B the panels of a [depth, n] matrix, C [m, n].
-template <class T, bool TRANSPOSED>
-void product(int64_t m, int64_t n, int64_t depth, const T* a, int64_t stride_a, const T* panels, T* c, int64_t stride_c, bool add) {
+// C (+)= A B with A [m, depth] (transposed: its transpose as it lies), B the panels of a [depth, n] matrix, C [m, n]. `memory` has
+// room for A's pairs, where factors are pairs.
+template <class F, bool TRANSPOSED, class T = typename F::Sum>
+void product(int64_t m, int64_t n, int64_t depth, const T* a, int64_t stride_a, const T* panels, T* c, int64_t stride_c, bool add, T* memory) {
+  if constexpr (F::TERMS > 1) {
+    depth = pair_up<F, TRANSPOSED>(m, depth, a, stride_a, memory);
+    if (!TRANSPOSED) stride_a = depth;
+    a = memory;
+  }
   for (int64_t k = 0; k < depth || k == 0; k += DEPTH) {
     const int64_t terms = depth - k < DEPTH ? depth - k : DEPTH;
     for (int64_t i = 0; i < m; i += ROWS) {
       const int rows = int(m - i < ROWS ? m - i : ROWS);
       const T* a_block = TRANSPOSED ? a + k * stride_a + i : a + i * stride_a + k;
       for (int64_t j = 0; j < n; j += PANEL<T>) {
-        product_block<T, TRANSPOSED>(
+        product_block<F, TRANSPOSED>(
             terms, a_block, stride_a, panels + j * depth + k * PANEL<T>, c + i * stride_c + j, stride_c, rows, n - j, add || k > 0);
       }
     }

@@ -5,21 +5,22 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <numeric>
 #include <stdexcept>
 #include <type_traits>
 
 namespace pairloss {
 
-#define PAIRLOSS_DECLARE(target)                \
-  namespace target {                            \
-  extern const Kernels<float> float_kernels;    \
-  extern const Kernels<double> double_kernels;  \
+#define PAIRLOSS_DECLARE(target)                                  \
+  namespace target {                                              \
+  extern const Kernels<float> float_kernels, bfloat16_kernels;    \
+  extern const Kernels<double> double_kernels;                    \
   }
+#define PAIRLOSS_TABLES(target) &target::float_kernels, &target::bfloat16_kernels, &target::double_kernels
 PAIRLOSS_DECLARE(baseline)
 #ifdef PAIRLOSS_X86
 PAIRLOSS_DECLARE(avx2)
 PAIRLOSS_DECLARE(avx512)
+PAIRLOSS_DECLARE(avx512bf16)
 #endif
 
 namespace {
@@ -27,19 +28,22 @@ namespace {
 struct Target {
   const char* name;
   bool (*here)();
-  const Kernels<float>* floats;
+  const Kernels<float>*floats, *bfloat16s;
   const Kernels<double>* doubles;
 };
+
+#ifdef PAIRLOSS_X86
+bool has_avx512() { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"); }
+#endif
 
 // Best first.
 const Target TARGETS[] = {
 #ifdef PAIRLOSS_X86
-    {"avx512", [] { return bool(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")); },
-     &avx512::float_kernels, &avx512::double_kernels},
-    {"avx2", [] { return bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")); }, &avx2::float_kernels,
-     &avx2::double_kernels},
+    {"avx512bf16", [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }, PAIRLOSS_TABLES(avx512bf16)},
+    {"avx512", has_avx512, PAIRLOSS_TABLES(avx512)},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, PAIRLOSS_TABLES(avx2)},
 #endif
-    {"baseline", [] { return true; }, &baseline::float_kernels, &baseline::double_kernels},
+    {"baseline", [] { return true; }, PAIRLOSS_TABLES(baseline)},
 };
 
 std::atomic<const Target*> chosen{nullptr};
@@ -54,7 +58,7 @@ const Target& target() {
 
 // A tile of weights and what it is multiplied with must stay in the second-level cache of a core; this share of it for the tile
 // measured best (bench/notes.md).
-constexpr double CACHE_SHARE = 0.3;
+constexpr double CACHE_SHARE = 0.46;
 constexpr int64_t CACHE_BYTES = 512 << 10;  // where the system doesn't say
 constexpr int64_t LARGEST_TILE = 512;
 
@@ -86,9 +90,9 @@ void use_target(const std::string& name) {
 }
 
 template <class T>
-const Kernels<T>& kernels() {
+const Kernels<T>& kernels(bool bfloat16) {
   if constexpr (std::is_same_v<T, float>) {
-    return *target().floats;
+    return bfloat16 ? *target().bfloat16s : *target().floats;
   } else {
     return *target().doubles;
   }
@@ -96,14 +100,14 @@ const Kernels<T>& kernels() {
 
 template <class T>
 int64_t tile_size(int64_t wanted) {
-  const Kernels<T>& k = kernels<T>();
+  const Kernels<T>& k = kernels<T>(false);
   if (wanted > 0) return rounded_up(wanted, k.width);
-  const int64_t unit = std::lcm(k.rows, k.panel), fits = int64_t(std::sqrt(CACHE_SHARE * cache_bytes() / sizeof(T)));
-  return std::clamp(fits / unit * unit, unit, LARGEST_TILE / unit * unit);
+  const int64_t fits = std::min(int64_t(std::sqrt(CACHE_SHARE * cache_bytes() / sizeof(T))), LARGEST_TILE);
+  return std::max<int64_t>(fits / k.panel, 1) * k.panel;
 }
 
-template const Kernels<float>& kernels();
-template const Kernels<double>& kernels();
+template const Kernels<float>& kernels(bool);
+template const Kernels<double>& kernels(bool);
 template int64_t tile_size<float>(int64_t);
 template int64_t tile_size<double>(int64_t);
 

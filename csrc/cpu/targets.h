@@ -13,9 +13,9 @@ namespace pairloss {
 std::vector<std::string> targets();
 void use_target(const std::string&);
 
-// Of the one that is used; T is float or double.
+// Of the one that is used; T is float or double. With bfloat16 products where it has them.
 template <class T>
-const Kernels<T>& kernels();
+const Kernels<T>& kernels(bool bfloat16);
 
 // The rows and columns of a tile: `wanted`, rounded up to what the tile functions serve, or for 0 what fits the cache.
 template <class T>

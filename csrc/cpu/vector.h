@@ -76,9 +76,13 @@ inline Vec<T> broadcast(T value) {
 
 template <class T>
 inline T sum(Vec<T> v) {
-  T total = 0;
-  for (int k = 0; k < WIDTH<T>; ++k) total += v[k];
-  return total;
+  T lanes[WIDTH<T>];  // halved again and again: one after another they would wait for each other
+  store(lanes, v);
+#pragma GCC unroll 4
+  for (int half = WIDTH<T> / 2; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+  }
+  return lanes[0];
 }
 
 // The order of the operands says what becomes of a NaN: these keep `a`'s other operand where either is one.

@@ -6,7 +6,7 @@ import platform
 import torch
 from rich.table import Table
 
-from .. import __version__, engines
+from .. import __version__, cpu, engines
 from . import errors
 from .measure import engine_name, small_call
 
@@ -44,7 +44,8 @@ def devices() -> list[torch.device]:
 
 def describe(device: torch.device) -> str:
     if device.type == "cpu":
-        return f"cpu: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        ours = "" if cpu.instruction_set() is None else f", engine cpu by {cpu.instruction_set()}"
+        return f"cpu: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads{ours}"
     properties = torch.cuda.get_device_properties(device)
     capability = f"{properties.major}.{properties.minor}"
     return f"{device}: {properties.name}, capability {capability}, {properties.total_memory / 2**30:.1f} GiB"
