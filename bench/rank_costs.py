@@ -89,13 +89,14 @@ def compare() -> None:
         if quantity != "seconds" or alone is None or hop is None:
             continue
         how = form(loss, FLOAT32)
-        rate, bandwidth = flops(how, n, d, 1) / alone, n // ranks * d * FLOAT32 / hop
+        rate, bandwidth = flops(how, n, d, 1) / alone * min(1, CORES / ranks), n // ranks * d * FLOAT32 / hop
         model = seconds(how, strategy, n // ranks, d, ranks, rate, bandwidth)
         peak = medians[(*key[:-2], "peak bytes", machine)]
         held = bytes_held(loss, n // ranks, d, FLOAT32) if strategy == "ring" else float("nan")
         print(f"{network:14}{loss:6}{strategy:9}{ranks:5}{n:7}{d:5}{measured:9.3f}{model:9.3f}{peak / 1e6:7.1f}{held / 1e6:7.1f}")
 
 
+CORES = 2  # of the machine of the rows
 KEYS = ("network", "loss", "strategy", "ranks", "n", "d", "dtype", "quantity", "machine")
 
 # What a GPU is taken to do: products of the whole loss in bfloat16, and bytes each way within 8 GPUs and beyond.

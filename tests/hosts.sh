@@ -22,7 +22,7 @@ for ((rank = 0; rank < hosts; rank++)); do
     ip -n host$rank address add 10.0.0.$((rank + 1))/24 dev eth0
     ip -n host$rank link set eth0 up
     if ((mbit)); then
-        tc -n host$rank qdisc add dev eth0 root tbf rate ${mbit}mbit burst 256kb latency 100ms
+        tc -n host$rank qdisc add dev eth0 root tbf rate ${mbit}mbit burst 1mb latency 20ms
     fi
 done
 export WORLD_SIZE=$hosts MASTER_ADDR=10.0.0.1 MASTER_PORT=29500 GLOO_SOCKET_IFNAME=eth0
