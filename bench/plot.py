@@ -39,7 +39,10 @@ def draw(found: Found, losses: list[str]) -> Figure:
 
 def curves(found: Found, loss: str, quantity: str) -> Iterator[tuple[str, list[int], list[float]]]:
     for provider in PROVIDERS:
-        points = sorted((n, value) for (of, by, n, what), value in found.items() if (of, by, what) == (loss, provider, quantity))
+        # No memory beyond what a process had is no point on a logarithmic scale.
+        points = sorted(
+            (n, value) for (of, by, n, what), value in found.items() if (of, by, what) == (loss, provider, quantity) and value > 0
+        )
         if points:
             yield provider, [n for n, _ in points], [value for _, value in points]
 
