@@ -86,7 +86,7 @@ def compare() -> None:
         ranks, n, d = int(ranks), int(n), int(d)
         alone = medians.get(("one machine", loss, "gather", "1", str(n), str(d), dtype, quantity, machine))
         hop = medians.get((network, loss, strategy, str(ranks), str(n), str(d), dtype, "hop seconds", machine))
-        if quantity != "seconds" or alone is None or hop is None:
+        if quantity != "seconds" or dtype != "float32" or alone is None or hop is None:
             continue
         how = form(loss, FLOAT32)
         rate, bandwidth = flops(how, n, d, 1) / alone * min(1, CORES / ranks), n // ranks * d * FLOAT32 / hop
@@ -96,7 +96,7 @@ def compare() -> None:
         print(f"{network:14}{loss:6}{strategy:9}{ranks:5}{n:7}{d:5}{measured:9.3f}{model:9.3f}{peak / 1e6:7.1f}{held / 1e6:7.1f}")
 
 
-CORES = 2  # of the machine of the rows
+CORES = 2  # of the CPUs that the rows are of
 KEYS = ("network", "loss", "strategy", "ranks", "n", "d", "dtype", "quantity", "machine")
 
 # What a GPU is taken to do: products of the whole loss in bfloat16, and bytes each way within 8 GPUs and beyond.

@@ -256,7 +256,7 @@ def _hard_log_sum(rows: Rows, ids: Tensor, beta: float, backend: str | None) -> 
         neg.append(scaled.row_stats(ids, None, 0, backend=backend)[0][1])
     size = (ranks.count(len(ids)) - groups.count(ids, ids)).to(neg[0].dtype)
     empty = size == 0
-    return torch.where(empty, -torch.inf, neg[0] - torch.where(empty, 0, neg[1]) + torch.where(empty, 1, size).log())
+    return torch.where(empty, -torch.inf, neg[0] - torch.where(empty, 0, neg[1]) + torch.where(empty, 1, size).log()) + rows.poison
 
 
 def _debiased(neg: Tensor, pos: Tensor, size: Tensor, tau_plus: float, tau: float | Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Losses of a batch that is larger than a device: over the ranks of torch.distributed, and in chunks of the encoder's activations."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from typing import Any
 
@@ -85,6 +85,10 @@ def _described(loss: Any, strategy: str, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _described_value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        value = [*value.items()]
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(_described_value, value))})"
     if not isinstance(value, Tensor):
         return repr(value)
     shape = ", ".join(["rows", *map(str, value.shape[1:])]) if value.ndim else ""

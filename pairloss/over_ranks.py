@@ -196,13 +196,13 @@ class _PairTotal(torch.autograd.Function):
         grads = pairs.gradients(needs, compute)
         sums = without_silent(sums, weights)
         ctx.formed = [v is not None for v in grads]
-        save(ctx, args, sums, *(v for v in grads if v is not None))
+        ctx.save_for_backward(sums, *(v for v in grads if v is not None))
         return (weights * sums).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        _, (sums, *formed) = saved(ctx)
+        sums, *formed = ctx.saved_tensors
         grads = iter(formed)
         result: list[Any] = [None] * len(ctx.needs_input_grad)
         for i, has in zip(DIFFERENTIABLE, ctx.formed, strict=True):

@@ -212,7 +212,7 @@ class Ranks:
         own, first = starts[self.rank], self.rank - (self.size - 1) // 2
         before = [(starts[first], own)] if first >= 0 else [(0, own), (starts[first % self.size], starts[-1])]
         result = [(starts[self.rank + 1], Place(own, 0, True, ALL))]
-        result += [(end, Place(begin, None, False, ALL)) for begin, end in before]
+        result += [(end, Place(begin, None, False, ALL)) for begin, end in before if self.size > 2]
         return result if self.size % 2 else [*result, self._half((self.rank - self.size // 2) % self.size, starts)]
 
     def _half(self, owner: int, starts: Sequence[int]) -> tuple[int, Place]:

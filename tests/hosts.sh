@@ -28,5 +28,10 @@ done
 export WORLD_SIZE=$hosts MASTER_ADDR=10.0.0.1 MASTER_PORT=29500 GLOO_SOCKET_IFNAME=eth0
 for ((rank = 0; rank < hosts; rank++)); do
     RANK=$rank LOCAL_RANK=$rank ip netns exec host$rank "$@" &
+    ranks+=($!)
 done
-wait
+failed=0
+for process in "${ranks[@]}"; do
+    wait $process || failed=1
+done
+exit $failed

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import assert_rule
 from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import pairloss
@@ -180,13 +181,24 @@ def test_training_with_fsdp_is_that_of_one_process(tmp_path):
     run(train_with_fsdp, 3, tmp_path)
 
 
+class Tuple(nn.Module):
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x):
+        return x, self.encoder(x)
+
+
 def layers_of_all_ranks(rank, ranks):
     x, labels = batch()
     mine = shares(len(x), ranks, True)[rank]
     gradients = []
     for rows, share in ((x, False), (x[mine], True)):
-        model = Model().encoder
-        criterion = pairloss.nn.LayerwiseSNNL(model, factor=0.5, learnable=True).double()
+        model = Tuple(Model().encoder)
+        criterion = pairloss.nn.LayerwiseSNNL(
+            model, primary=lambda outputs, labels: cross_entropy(outputs[1], labels), factor=0.5, learnable=True
+        ).double()
         wrapped = DistributedDataParallel(model) if share else model
         loss = (pairloss.distributed(criterion) if share else criterion)(wrapped(rows), labels[mine] if share else labels)
         loss.loss.backward()
@@ -364,7 +376,8 @@ def test_three_hosts_and_a_cable_that_is_pulled():
         pytest.skip(reason)
     command = [HOSTS, "3", "0", sys.executable, "-c", "import test_distributed; test_distributed.on_a_host()"]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300)
-    assert done.stdout.count("done") == 3, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done") == 3
 
 
 def test_the_group_must_be_there():

@@ -201,6 +201,14 @@ def test_queries_without_negatives(backend):
 
 
 @on_both
+@pytest.mark.parametrize("options", [{}, {"beta": 1.0}, {"tau_plus": 0.1}, {"beta": 1.0, "tau_plus": 0.1}], ids=str)
+def test_a_nan_view_without_negatives_is_not_a_loss_of_0(backend, options):
+    x, y = normal(1, 3), normal(1, 3)
+    x[0, 1] = math.nan
+    assert nt_xent(x, y, TAU, decoupled=True, backend=backend, **options).isnan()
+
+
+@on_both
 @pytest.mark.parametrize("m", [1, 2, 9])
 def test_as_many_negatives_as_there_are(backend, m):
     """M != N, shared or each query's own, and fewer than top_k."""
