@@ -72,7 +72,7 @@ def in_layout(tensor: torch.Tensor, layout: str | None) -> torch.Tensor:
     raise AssertionError(layout)
 
 
-@pytest.mark.parametrize(("loss", "option", "dtype", "n", "d", "tile"), matrix())
+@pytest.mark.parametrize(("loss", "option", "dtype", "n", "d", "tile"), list(matrix()))
 @pytest.mark.parametrize("engine", TILED, ids=lambda engine: "-".join(engine))
 def test_loss_and_gradients(engine, dtype, n, d, tile, loss, option):
     skip_if_unable(engine, dtype)
