@@ -15,6 +15,11 @@ from typing import NamedTuple
 from run import RESULTS
 
 FLOAT32, BFLOAT16 = 4, 2
+CORES = 2  # of the CPUs that the rows are of
+KEYS = ("network", "loss", "strategy", "ranks", "n", "d", "dtype", "quantity", "machine")
+# What a GPU is taken to do: products of the whole loss in bfloat16, and bytes each way within 8 GPUs and beyond.
+RATE, WITHIN, BEYOND = 400e12, 300e9, 40e9
+SIZES = [(2**17, 8), (2**20, 8), (2**20, 32), (2**20, 256), (2**22, 256), (12_000_000, 32), (2**24, 256), (2**24, 1024), (2**20, 1024)]
 
 
 class Pass(NamedTuple):
@@ -96,13 +101,6 @@ def compare() -> None:
         print(f"{network:14}{loss:6}{strategy:9}{ranks:5}{n:7}{d:5}{measured:9.3f}{model:9.3f}{peak / 1e6:7.1f}{held / 1e6:7.1f}")
 
 
-CORES = 2  # of the CPUs that the rows are of
-KEYS = ("network", "loss", "strategy", "ranks", "n", "d", "dtype", "quantity", "machine")
-
-# What a GPU is taken to do: products of the whole loss in bfloat16, and bytes each way within 8 GPUs and beyond.
-RATE, WITHIN, BEYOND = 400e12, 300e9, 40e9
-
-
 def predict() -> None:
     print(f"bfloat16, D = 768, {RATE / 1e12:.0f} TFLOP/s, {WITHIN / 1e9:.0f} GB/s within 8 GPUs, {BEYOND / 1e9:.0f} GB/s beyond; ring")
     print(f"{'loss':8}{'N':>12}{'GPUs':>6}{'seconds':>10}{'of it wire':>12}{'gather, s':>10}{'GB a GPU':>10}")
@@ -115,8 +113,6 @@ def predict() -> None:
             held = bytes_held(loss, mine, 768, BFLOAT16) / 1e9
             print(f"{loss:8}{n:12,}{ranks:6}{ring_seconds:10.3f}{wire:12.1%}{gather_seconds:10.3f}{held:10.2f}")
 
-
-SIZES = [(2**17, 8), (2**20, 8), (2**20, 32), (2**20, 256), (2**22, 256), (12_000_000, 32), (2**24, 256), (2**24, 1024), (2**20, 1024)]
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

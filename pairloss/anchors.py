@@ -140,7 +140,9 @@ def _total_weight(losses: Tensor, skipped: Tensor | None, weight: Tensor | None)
         counted = weight if skipped is None else weight.masked_fill(skipped, 0)
     elif skipped is not None:
         counted = ~skipped
-    else:
-        return max(1, ranks.count(losses.shape[0]))
+    elif ranks.current() is None:
+        return max(1, losses.shape[0])
+    else:  # not ranks.count, for which the host would wait
+        counted = torch.ones_like(losses, dtype=torch.bool)
     total = ranks.total(counted.sum())
     return total.masked_fill(total == 0, 1)

@@ -107,6 +107,9 @@ def _by_set(sums: Tensor) -> Tensor:
     return sums.permute(1, 2, 0)
 
 
+BOTH_SIDES = 4  # among what follows the pairs
+
+
 class _RowStats(torch.autograd.Function):
     """x against itself: what one rank's rows are to another's they are to it, so that one pass over their pairs gives the sums of both."""
 
@@ -145,9 +148,6 @@ class _RowStats(torch.autograd.Function):
 
         travelling = [_by_row(of_candidates)] if pairs.symmetric or args[NUM_PAIRS + BOTH_SIDES] else []
         return _returned(ctx, pairs, backward, *travelling, once=pairs.symmetric)
-
-
-BOTH_SIDES = 4  # among what follows the pairs
 
 
 def _how(pairs: _Pairs, args: Sequence[Any], place: Place) -> list[Any]:

@@ -1,7 +1,6 @@
 """Losses whose batch is spread over ranks, by gloo on this machine: value and gradients are those of one process with all rows."""
 
 import datetime
-import itertools
 import os
 import re
 import shutil
@@ -16,14 +15,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import assert_rule
+from on_ranks import START, Model, assert_close, batch, has_rows, needs_gloo, part, run, shares, start_rank
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import pairloss
-from pairloss.testing import FLOORS, LOSSES, Sample
+from pairloss.testing import LOSSES, Sample
 
-pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
+pytestmark = needs_gloo
 
 STRATEGIES = ("gather", "ring")
 ALL = [(loss, option) for loss, spec in LOSSES.items() for option in spec.options]
@@ -32,45 +32,6 @@ WORDS = (
     "ref", "multi-hot", "sqeuclidean", "pairs", "batch", "top_k", "both_sides", "negative_ids", "ids", "each", "weight", "sum", "beta",
 )  # fmt: skip
 FEW = [(loss, option) for loss, option in ALL if option == LOSSES[loss].options[0] or any(word in option.split("-") for word in WORDS)]
-
-
-def assert_close(ours, expected, what=""):
-    floor = FLOORS[torch.float64]
-    torch.testing.assert_close(ours, expected, rtol=floor, atol=floor, msg=lambda message: f"{what}: {message}")
-
-
-# Ranks are forks of a process that has imported what takes seconds.
-START = "forkserver"
-mp.set_forkserver_preload(["torch._dynamo", "pairloss.testing"])
-
-
-def run(worker, ranks: int, tmp_path, *args, backend: str = "gloo") -> None:
-    """The worker on so many ranks; what one of them raises is raised here."""
-    mp.start_processes(_start, (worker, ranks, f"file://{tmp_path}/store", args, backend), ranks, start_method=START)
-
-
-def _start(rank, worker, ranks, store, args, backend="gloo"):
-    torch.set_num_threads(1)
-    if "nccl" in backend:
-        torch.cuda.set_device(rank)
-    dist.init_process_group(backend, init_method=store, rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=60))
-    worker(rank, ranks, *args)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def shares(n: int, ranks: int, even: bool) -> list[slice]:
-    """Rows of each rank: as many for all; or none for the first, and most for the last."""
-    ends = [n * i // ranks for i in range(ranks + 1)] if even else [0, 0, *range(2, ranks), n]
-    return [slice(a, b) for a, b in itertools.pairwise(ends)]
-
-
-def has_rows(name: str, value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim > 0 and name != "class_weight"
-
-
-def part(values: dict, rank: int, ranks: int, even: bool) -> dict:
-    return {k: v[shares(len(v), ranks, even)[rank]] if has_rows(k, v) else v for k, v in values.items()}
 
 
 def compare_with_one_process(rank, ranks, cases, even, device="cpu"):
@@ -108,24 +69,6 @@ def test_every_option_on_2_to_4_ranks(tmp_path, ranks, even):
 @pytest.mark.parametrize("even", [True, False])
 def test_gpus(tmp_path, even, backend):
     run(compare_with_one_process, torch.cuda.device_count(), tmp_path, FEW, even, "cuda", backend=backend)
-
-
-def batch(seed=0, n=24, d=6):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, d, generator=generator, dtype=torch.float64), torch.randint(0, 4, (n,), generator=generator)
-
-
-class Model(nn.Module):
-    """An encoder and a temperature of its own, which the loss takes out of the model's output."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.encoder = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4)).double()
-        self.log_tau = nn.Parameter(torch.tensor(-1.0, dtype=torch.float64))
-
-    def forward(self, x):
-        return self.encoder(x), self.log_tau.exp()
 
 
 def trained(model, x, labels, loss, steps=3):
@@ -329,7 +272,7 @@ def one_rank_dies(rank, ranks, results):
 def test_a_rank_that_dies_ends_the_others_with_an_error(tmp_path):
     context = mp.get_context(START)
     arguments = (one_rank_dies, 3, f"file://{tmp_path}/store", (tmp_path,))
-    processes = [context.Process(target=_start, args=(rank, *arguments)) for rank in range(3)]
+    processes = [context.Process(target=start_rank, args=(rank, *arguments)) for rank in range(3)]
     for process in processes:
         process.start()
     for process in processes:
@@ -391,80 +334,6 @@ def test_the_group_must_be_there():
         pairloss.nn.SNNL(0.1, group="word")
     with pytest.raises(TypeError, match="loss: expected a callable, got str"):
         pairloss.distributed("snnl")
-
-
-class Dropped(Model):
-    """With random numbers, and a second output."""
-
-    def __init__(self):
-        super().__init__()
-        self.encoder.insert(2, nn.Dropout(0.3))
-
-    def forward(self, x):
-        rows, tau = super().forward(x)
-        return rows, rows.sin(), tau
-
-
-def caching_loss(rows, others, tau, labels):
-    return pairloss.snnl(rows, labels, tau) + pairloss.contrastive(rows, others, tau)
-
-
-def gradients(model):
-    return {name: p.grad for name, p in model.named_parameters()}
-
-
-@pytest.mark.parametrize("chunk", [1, 5, 24, 100])
-def test_grad_cache_is_the_plain_step(chunk):
-    x, labels = batch()
-    plain, cached = Dropped().eval(), Dropped().eval()
-    expected = caching_loss(*plain(x), labels)
-    expected.backward()
-    value = pairloss.grad_cache(cached, caching_loss, chunk)(x, labels=labels)
-    assert_close(value, expected)
-    assert_close(gradients(cached), gradients(plain))
-
-
-def test_grad_cache_draws_the_same_random_numbers_again():
-    x, labels = batch()
-    model, seen = Dropped(), []
-
-    def encoder(x):
-        outputs = model(x)
-        seen.append(outputs[0].detach())
-        return outputs
-
-    torch.manual_seed(3)
-    pairloss.grad_cache(encoder, caching_loss, 8)(x, labels=labels)
-    assert all(torch.equal(a, b) for a, b in zip(seen[:3], seen[3:], strict=True))
-    assert not torch.equal(seen[0][:8] == seen[0].median(), seen[1][:8] == seen[1].median())
-
-
-def cache_under_ddp(rank, ranks):
-    x, labels = batch()
-    plain = Dropped().eval()
-    caching_loss(*plain(x), labels).backward()
-    for even in (True, False):
-        mine = shares(len(x), ranks, even)[rank]
-        model = DistributedDataParallel(Dropped().eval())
-        pairloss.grad_cache(model, pairloss.distributed(caching_loss), 4)(x[mine], labels=labels[mine])
-        assert_close(gradients(model.module), gradients(plain))
-
-
-def test_grad_cache_under_ddp_is_the_plain_step_of_one_process(tmp_path):
-    run(cache_under_ddp, 3, tmp_path)
-
-
-def test_grad_cache_scales_and_refuses():
-    x, labels = batch()
-    models = [Dropped().eval() for _ in range(2)]
-    pairloss.grad_cache(models[0], caching_loss, 7)(x, labels=labels)
-    pairloss.grad_cache(models[1], caching_loss, 7)(x, labels=labels, backward=lambda loss: (4 * loss).backward())
-    for name, grad in gradients(models[0]).items():
-        assert_close(gradients(models[1])[name], 4 * grad)
-    with pytest.raises(ValueError, match="chunk: expected"):
-        pairloss.grad_cache(models[0], caching_loss, 0)
-    with pytest.raises(ValueError, match="inputs: expected one or more tensors"):
-        pairloss.grad_cache(models[0], caching_loss, 7)(x, labels[:5])
 
 
 PAGE = (Path(__file__).parent.parent / "docs/distributed.md").read_text()
