@@ -35,7 +35,7 @@ def instruction_set() -> str | None:
 
 
 def label_order_pays(call: Call) -> bool:
-    tile = _cpu.tile_rows(call.x.dtype == torch.float64, tile_size(0))
+    tile = _cpu.tile_rows(call.x.dtype == torch.float64, call.product_dtype == torch.bfloat16, tile_size(0))
     return min(call.x.shape[0], call.candidates.shape[0]) >= LABEL_ORDER_TILES * tile
 
 

@@ -56,8 +56,8 @@ PYBIND11_MODULE(_cpu, module) {
             pointer(dcol_bias));
       },
       release());
-  module.def("tile_rows", [](bool is_double, int64_t wanted) {
-    return is_double ? pairloss::tile_size<double>(wanted) : pairloss::tile_size<float>(wanted);
+  module.def("tile_rows", [](bool is_double, bool bfloat16, int64_t wanted) {
+    return is_double ? pairloss::tile_size<double>(false, wanted) : pairloss::tile_size<float>(bfloat16, wanted);
   });
   module.def("targets", &pairloss::targets);
   module.def("use_target", &pairloss::use_target);

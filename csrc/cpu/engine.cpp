@@ -53,7 +53,7 @@ class Run {
         kernels_(kernels<T>(call.bfloat16)),
         symmetric_(call.symmetric),
         m_(symmetric_ ? call.n : call.m),
-        tile_(tile_size<T>(call.tile)),
+        tile_(tile_size<T>(call.bfloat16, call.tile)),
         blocks_x_((call.n + tile_ - 1) / tile_),
         blocks_y_((m_ + tile_ - 1) / tile_),
         row_bias_(padded(static_cast<const T*>(call.row_bias), call.n)),
@@ -78,11 +78,11 @@ class Run {
   void row_stats(T* row_logs, T* row_sums, T* col_logs, T* col_sums) {
     share_bias();
     pairs_.bounded = bound() <= NO_SHIFT;
-    pack(&panels_, call_.d, 1, call_.d, pairs_.y.rows, m_);
+    pack_operands();
     SumsOf rows(sets(), call_.n), cols(sets(), col_sums ? m_ : 0);
     const Sums<T>&r = rows.sums, &c = symmetric_ ? rows.sums : cols.sums;
     visit(MIXED, [&](const Tile& t, const Scratch<T>& b) {
-      kernels_.products(pairs_, t, panels(t), b);
+      kernels_.products(pairs_, t, left(t), right(t), b);
       kernels_.add_exponentials(pairs_, t, b, r, t.mirrored || col_sums ? &c : nullptr);
     });
     rows.put(row_logs, row_sums, call_.n);
@@ -237,33 +237,50 @@ class Run {
     }
     t.left_out = call_.has_self ? call_.self_offset + t.i - t.j : -tile_;
     t.mirrored = symmetric_ && block_x != block_y;
+    t.diagonal = symmetric_ && block_x == block_y;
     return t;
   }
 
-  // Blocks of rows as panels: block by block, [depth, columns] each, as product.h has them.
-  struct Panels {
+  // What the blocks of a matrix are packed to.
+  struct Blocks {
     Aligned<T> data;
-    int64_t stride;
+    int64_t stride = 0;
+    const T* at(int64_t block) const { return data.get() + block * stride; }
   };
 
-  // Panels of blocks whose entry (k, j) is rows[k * stride_k + j * stride_j] from the block's first row on. depth 0: as many as the
-  // block has rows; else columns are.
-  void pack(Panels* panels, int64_t depth, int64_t stride_k, int64_t stride_j, const T* rows, int64_t n) {
-    const int64_t blocks = (n + tile_ - 1) / tile_, longest = std::min(tile_, n);
-    const int64_t columns = depth ? longest : call_.d;
-    panels->stride = rounded_up(columns, kernels_.panel) * factors(depth ? depth : longest);
-    panels->data = aligned<T>(blocks * panels->stride);
+  // By pack(first row, rows, where to) for each block of `n` rows, `size` numbers or less.
+  template <class F>
+  Blocks pack(int64_t n, int64_t size, F pack_block) {
+    const int64_t count = (n + tile_ - 1) / tile_;
+    Blocks blocks{aligned<T>(count * size), size};
     std::atomic<int64_t> next{0};
     in_parallel(threads_, [&](int) {
-      for (int64_t k; (k = next++) < blocks;) {
-        const int64_t size = std::min(tile_, n - k * tile_);
-        kernels_.pack(rows + k * tile_ * call_.d, depth ? depth : size, depth ? size : call_.d, stride_k, stride_j,
-            panels->data.get() + k * panels->stride);
-      }
+      for (int64_t k; (k = next++) < count;) pack_block(k * tile_, std::min(tile_, n - k * tile_), blocks.data.get() + k * size);
+    });
+    return blocks;
+  }
+
+  // For the products of rows.
+  void pack_operands() {
+    const int64_t d = call_.d, left_size = kernels_.left_size(std::min(tile_, call_.n), d);
+    if (left_size > 0) {
+      left_ = pack(call_.n, left_size, [&](int64_t i, int64_t rows, T* to) { kernels_.pack_left(pairs_.x.rows + i * d, rows, d, to); });
+    }
+    right_ = pack(m_, kernels_.right_size(d, std::min(tile_, m_)), [&](int64_t j, int64_t rows, T* to) {
+      kernels_.pack_right(pairs_.y.rows + j * d, d, rows, 1, d, to);
     });
   }
 
-  const T* panels(const Tile& t) const { return panels_.data.get() + t.j / tile_ * panels_.stride; }
+  // For the products of weights with rows.
+  Blocks pack_factors(const T* rows, int64_t n) {
+    const int64_t d = call_.d;
+    return pack(n, kernels_.right_size(std::min(tile_, n), d), [&](int64_t k, int64_t depth, T* to) {
+      kernels_.pack_right(rows + k * d, depth, d, d, 1, to);
+    });
+  }
+
+  const T* left(const Tile& t) const { return left_.stride > 0 ? left_.at(t.i / tile_) : pairs_.x.rows + t.i * call_.d; }
+  const T* right(const Tile& t) const { return right_.at(t.j / tile_); }
 
   // Weights of a tile from its products, by weigh(tile, scratch, row bias, column bias), whose result says whether the tile adds to
   // the gradient of its candidates too.
@@ -271,16 +288,15 @@ class Run {
   void backward(Set wanted, T* dx, T* dy, T* drow_bias, T* dcol_bias, F weigh) {
     T* to_y = symmetric_ ? dx : dy;
     std::vector<T> row_bias(drow_bias ? call_.n + PADDING : 0), col_bias(dcol_bias ? m_ + PADDING : 0);
-    pack(&panels_, call_.d, 1, call_.d, pairs_.y.rows, m_);
-    Panels rows_x, rows_y;  // what weights are multiplied with
-    if (dx) pack(&rows_y, 0, call_.d, 1, pairs_.y.rows, m_);
-    if (to_y && !symmetric_) pack(&rows_x, 0, call_.d, 1, pairs_.x.rows, call_.n);
-    const Panels& for_y = symmetric_ ? rows_y : rows_x;
+    pack_operands();
+    Blocks rows_x, rows_y;  // what weights are multiplied with
+    if (dx) rows_y = pack_factors(pairs_.y.rows, m_);
+    if (to_y && !symmetric_) rows_x = pack_factors(pairs_.x.rows, call_.n);
+    const Blocks& for_y = symmetric_ ? rows_y : rows_x;
     visit(wanted, [&](const Tile& t, const Scratch<T>& b) {
-      kernels_.products(pairs_, t, panels(t), b);
+      kernels_.products(pairs_, t, left(t), right(t), b);
       const bool to_cols = weigh(t, b, drow_bias ? row_bias.data() : nullptr, dcol_bias ? col_bias.data() : nullptr);
-      if (dx) kernels_.add_rows(t, call_.d, b, rows_y.data.get() + t.j / tile_ * rows_y.stride, dx);
-      if (to_y && to_cols) kernels_.add_cols(t, call_.d, b, for_y.data.get() + t.i / tile_ * for_y.stride, to_y);
+      kernels_.add_gradients(t, call_.d, b, rows_y.at(t.j / tile_), dx, for_y.at(t.i / tile_), to_cols ? to_y : nullptr);
     });
     if (drow_bias) std::copy_n(row_bias.begin(), call_.n, drow_bias);
     if (dcol_bias) std::copy_n(col_bias.begin(), m_, dcol_bias);
@@ -301,18 +317,16 @@ class Run {
 
   int64_t row_stride() const {
     const int64_t line = 64 / sizeof(T);  // an odd number of cache lines: rows must not compete for the same places in the cache
-    return ((std::min(tile_, m_) + line - 1) / line | 1) * line;
+    return (rounded_up(std::min(tile_, m_), BLOCK) / line | 1) * line;
   }
 
   int64_t vector_size() const { return rounded_up(tile_, PADDING) + PADDING; }
 
-  int64_t z_size() const { return std::min(tile_, call_.n) * row_stride() + PADDING; }
+  int64_t z_size() const { return rounded_up(std::min(tile_, call_.n), BLOCK) * row_stride() + PADDING; }
 
-  int64_t factors(int64_t terms) const { return rounded_up(terms, kernels_.terms) / kernels_.terms; }
+  int64_t weights_size() const { return kernels_.weights_size(std::min(tile_, call_.n), row_stride()); }
 
-  int64_t pairs_size() const { return kernels_.terms == 1 ? 0 : std::max(z_size(), std::min(tile_, call_.n) * factors(call_.d)); }
-
-  int64_t scratch_size() const { return z_size() + 9 * vector_size() + pairs_size(); }
+  int64_t scratch_size() const { return z_size() + 9 * vector_size() + weights_size(); }
 
   Scratch<T> scratch(T* memory) const {
     Scratch<T> b;
@@ -323,7 +337,7 @@ class Run {
     for (T** part : {b.row_total, b.row_shift, b.col_total, b.col_shift}) {
       for (int k = 0; k < 2; ++k) part[k] = memory += vector_size();
     }
-    b.pairs = memory + vector_size();
+    b.weights = memory + vector_size();
     return b;
   }
 
@@ -335,7 +349,7 @@ class Run {
   std::vector<Id> ids_x_, ids_y_;
   std::vector<std::pair<Id, Id>> ranges_x_, ranges_y_;
   Pairs<T> pairs_;
-  Panels panels_;
+  Blocks left_, right_;
   int threads_;
 };
 

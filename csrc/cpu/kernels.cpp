@@ -9,6 +9,10 @@
 #include "product.h"
 #include "vector.h"
 
+#ifdef PAIRLOSS_AMX
+#include "amx.h"
+#endif
+
 namespace pairloss {
 namespace {
 
@@ -356,6 +360,14 @@ void pair_sum(Pairs<T> p, Tile t, Scratch<T> b, T* sums, const T* weights, T* ro
   }
 }
 
+// The entries below the diagonal of z [n, n] from those above it.
+template <class T>
+void mirror(int n, T* z, int64_t stride) {
+  for (int i = 1; i < n; ++i) {
+    for (int j = 0; j < i; ++j) z[i * stride + j] = z[j * stride + i];
+  }
+}
+
 template <class T>
 T longest(const T* a, int64_t n, int64_t d) {
   T top = 0;
@@ -370,16 +382,22 @@ T longest(const T* a, int64_t n, int64_t d) {
   return std::sqrt(top);
 }
 
-template <class F, class T = typename F::Sum>
+// By the products of a Product, as product.h and amx.h have them.
+template <class Product, class T = typename Product::Sum>
 constexpr Kernels<T> table() {
   Kernels<T> k{};
-  k.panel = PANEL<T>;
+  k.panel = Product::SIDE;
   k.width = WIDTH<T>;
-  k.terms = F::TERMS;
-  k.pack = pack<F>;
+  k.pair_bytes = Product::PAIR_BYTES;
+  k.left_size = Product::left_size;
+  k.right_size = Product::right_size;
+  k.weights_size = Product::weights_size;
+  k.pack_left = Product::pack_left;
+  k.pack_right = Product::pack_right;
   k.longest = longest<T>;
-  k.products = [](const Pairs<T>& p, const Tile& t, const T* panels, const Scratch<T>& b) {
-    product<F, false>(t.rows, t.cols, p.d, p.x.rows + t.i * p.d, p.d, panels, b.z, b.stride, false, b.pairs);
+  k.products = [](const Pairs<T>& p, const Tile& t, const T* left, const T* right, const Scratch<T>& b) {
+    Product::scores(t.rows, t.cols, p.d, left, right, b.z, b.stride);
+    if (t.diagonal && !Product::COMMUTES) mirror(t.rows, b.z, b.stride);
   };
   k.add_exponentials = [](const Pairs<T>& p, const Tile& t, const Scratch<T>& b, const Sums<T>& rows, const Sums<T>* cols) {
     with(t.set == MIXED, p.circle, [&](auto mix, auto circle) { add_exponentials<T, mix, circle>(p, t, b, rows, cols); });
@@ -396,21 +414,27 @@ constexpr Kernels<T> table() {
       pair_sum<T, soft, positive>(p, t, b, sums, weights, row_bias, col_bias);
     });
   };
-  k.add_rows = [](const Tile& t, int64_t d, const Scratch<T>& b, const T* panels, T* to) {
-    product<F, false>(t.rows, d, t.cols, b.z, b.stride, panels, to + t.i * d, d, true, b.pairs);
-  };
-  k.add_cols = [](const Tile& t, int64_t d, const Scratch<T>& b, const T* panels, T* to) {
-    product<F, true>(t.cols, d, t.rows, b.z, b.stride, panels, to + t.j * d, d, true, b.pairs);
+  k.add_gradients = [](const Tile& t, int64_t d, const Scratch<T>& b, const T* y, T* to_rows, const T* x, T* to_cols) {
+    Product::add(t.rows, t.cols, d, b.z, b.stride, y, to_rows ? to_rows + t.i * d : nullptr, x, to_cols ? to_cols + t.j * d : nullptr,
+        b.weights);
   };
   return k;
 }
 
+#ifdef PAIRLOSS_AMX
+using FloatProduct = Amx<3>;
+using Bfloat16Product = Amx<1>;
+#else
+using FloatProduct = Blocked<Plain<float>>;
+using Bfloat16Product = Blocked<Bfloat16>;
+#endif
+
 }  // namespace
 
 namespace PAIRLOSS_TARGET {
-extern const Kernels<float> float_kernels = table<Plain<float>>();
-extern const Kernels<double> double_kernels = table<Plain<double>>();
-extern const Kernels<float> bfloat16_kernels = table<Bfloat16>();
+extern const Kernels<float> float_kernels = table<FloatProduct>();
+extern const Kernels<double> double_kernels = table<Blocked<Plain<double>>>();
+extern const Kernels<float> bfloat16_kernels = table<Bfloat16Product>();
 }  // namespace PAIRLOSS_TARGET
 
 }  // namespace pairloss

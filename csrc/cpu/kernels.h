@@ -9,6 +9,11 @@ namespace pairloss {
 // Vectors are read in whole registers: every array of this engine goes on for so many entries.
 constexpr int PADDING = 64;
 
+// A tile of pairs lies in memory as if its sides were multiples of this.
+constexpr int BLOCK = 32;
+
+static constexpr int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
 // |z| up to which e^z needs no shift. As in pairloss/pairs.py.
 constexpr double NO_SHIFT = 28;
 
@@ -52,6 +57,7 @@ struct Tile {
   Set set;           // that all pairs are in; without ids NEGATIVES
   int64_t left_out;  // in row r the pair of column left_out + r is left out
   bool mirrored;     // x against itself, off the diagonal: the tile stands for its transpose too
+  bool diagonal;     // x against itself, on the diagonal
 };
 
 // By set; without ids only NEGATIVES is there.
@@ -71,23 +77,28 @@ struct Scratch {
   T* z;            // [rows, stride]: products, then logits, then weights of the pairs
   int64_t stride;  // columns, and enough to keep rows out of each other's cache lines
   T* slope;        // [cols], of one row
-  T* pairs;        // of the rows of x or of the weights, where product.h multiplies pairs
+  T* weights;      // them again, as operands of products
   T *row_total[2], *row_shift[2], *col_total[2], *col_shift[2];
 };
 
 template <class T>
 struct Kernels {
   int panel, width;  // what the tile's sides are best multiples of, and must be multiples of
-  int terms;         // numbers in a factor of product.h
+  int pair_bytes;    // of memory that a tile wants for each pair
 
-  // As product.h packs.
-  void (*pack)(const T* a, int64_t depth, int64_t columns, int64_t stride_k, int64_t stride_j, T* panels);
+  // The operands of a product [m, depth] x [depth, n] as they are packed, and how many numbers of memory that takes. Left: of rows
+  // without gaps; 0 where they serve as they are. Right: entry (k, j) is a[k * stride_k + j * stride_j], one of the strides 1.
+  int64_t (*left_size)(int64_t m, int64_t depth);
+  int64_t (*right_size)(int64_t depth, int64_t n);
+  int64_t (*weights_size)(int64_t rows, int64_t stride);  // of a tile's weights
+  void (*pack_left)(const T* a, int64_t m, int64_t depth, T* to);
+  void (*pack_right)(const T* a, int64_t depth, int64_t n, int64_t stride_k, int64_t stride_j, T* to);
 
   // The greatest norm of the rows a [n, d].
   T (*longest)(const T* a, int64_t n, int64_t d);
 
-  // z = <x_i, y_j>, from the panels of the tile's candidates [d, cols].
-  void (*products)(const Pairs<T>&, const Tile&, const T* panels, const Scratch<T>&);
+  // z = <x_i, y_j>, from the operands [rows, d] and [d, cols] of the tile's anchors and candidates.
+  void (*products)(const Pairs<T>&, const Tile&, const T* left, const T* right, const Scratch<T>&);
 
   // From products: adds the exponentials of the logits to the sums of the tile's rows and, where there are any, of its columns.
   void (*add_exponentials)(const Pairs<T>&, const Tile&, const Scratch<T>&, const Sums<T>& rows, const Sums<T>* cols);
@@ -101,9 +112,8 @@ struct Kernels {
   void (*pair_sum)(
       const Pairs<T>&, const Tile&, const Scratch<T>&, Set over, bool softplus, T* sums, const T* weights, T* row_bias, T* col_bias);
 
-  // to += W a and to += W^T a, from the panels [cols, d] or [rows, d] of what the weights belong to.
-  void (*add_rows)(const Tile&, int64_t d, const Scratch<T>&, const T* panels, T* to);
-  void (*add_cols)(const Tile&, int64_t d, const Scratch<T>&, const T* panels, T* to);
+  // Where they are not null: to_rows += W y and to_cols += W^T x, from the right operands [cols, d] of y and [rows, d] of x.
+  void (*add_gradients)(const Tile&, int64_t d, const Scratch<T>&, const T* y, T* to_rows, const T* x, T* to_cols);
 };
 
 }  // namespace pairloss

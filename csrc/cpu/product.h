@@ -5,6 +5,7 @@
 // alike. A factor is one number, or as in bfloat16.h a pair that is multiplied at once.
 #pragma once
 
+#include "kernels.h"
 #include "vector.h"
 
 namespace pairloss {
@@ -27,102 +28,136 @@ struct Plain {
   static PAIRLOSS_INLINE Vec<T> add(Vec<T> total, T a, Vec<T> b) { return total + a * b; }
 };
 
-// Panels of the matrix whose entry (k, j) is a[k * stride_k + j * stride_j].
-template <class F, class T = typename F::Sum>
-void pack(const T* a, int64_t depth, int64_t columns, int64_t stride_k, int64_t stride_j, T* panels) {
-  for (int64_t j0 = 0; j0 < columns; j0 += PANEL<T>) {
-    const int64_t width = columns - j0 < PANEL<T> ? columns - j0 : PANEL<T>;
-    for (int64_t k = 0; k < depth; k += F::TERMS, panels += PANEL<T>) {
-      const T* from = a + k * stride_k + j0 * stride_j;
-      const bool second = k + 1 < depth;
-      for (int64_t j = 0; j < width; ++j) panels[j] = F::factor(from[j * stride_j], second ? from[stride_k + j * stride_j] : T(0));
-      for (int64_t j = width; j < PANEL<T>; ++j) panels[j] = 0;
-    }
-  }
-}
+template <class F>
+struct Blocked {
+  using Sum = typename F::Sum;
+  using T = Sum;
+  static constexpr int SIDE = PANEL<T>, PAIR_BYTES = sizeof(T);
+  static constexpr bool COMMUTES = true;  // <a, b> and <b, a> round alike
 
-// A [m, depth] (transposed: its transpose as it lies, which keeps its stride) in pairs; returns how many a row has.
-template <class F, bool TRANSPOSED, class T>
-int64_t pair_up(int64_t m, int64_t depth, const T* a, int64_t stride_a, T* to) {
-  const int64_t count = (depth + 1) / 2, pairs = depth / 2;
-  if constexpr (TRANSPOSED) {
-    for (int64_t k = 0; k < count; ++k) {
-      const T *first = a + 2 * k * stride_a, *second = first + stride_a;
-      for (int64_t i = 0; i < m; ++i) to[k * stride_a + i] = F::factor(first[i], k < pairs ? second[i] : T(0));
-    }
-  } else {
-    for (int64_t i = 0; i < m; ++i, a += stride_a, to += count) {
-      for (int64_t k = 0; k < pairs; ++k) to[k] = F::factor(a[2 * k], a[2 * k + 1]);
-      if (pairs < count) to[pairs] = F::factor(a[2 * pairs], T(0));
-    }
-  }
-  return count;
-}
+  static int64_t left_size(int64_t m, int64_t depth) { return F::TERMS == 1 ? 0 : m * factors(depth); }
+  static int64_t right_size(int64_t depth, int64_t n) { return rounded_up(n, PANEL<T>) * factors(depth); }
 
-// One ROWS x PANEL tile of C; rows and columns beyond `rows` and `columns` are not written. Entry (i, k) of A is
-// a[i * stride_a + k], or transposed, a[k * stride_a + i].
-template <class F, bool TRANSPOSED, class T = typename F::Sum>
-inline void product_block(
-    int64_t depth, const T* a, int64_t stride_a, const T* panel, T* c, int64_t stride_c, int rows, int64_t columns, bool add) {
-  Vec<T> total[ROWS][VECTORS] = {};
-  const T* row[ROWS];
-  for (int i = 0; i < ROWS; ++i) row[i] = a + (i < rows ? i : rows - 1) * stride_a;
-  for (int64_t k = 0; k < depth; ++k, panel += PANEL<T>) {
-    if constexpr (TRANSPOSED) __builtin_prefetch(a + (k + AHEAD) * stride_a);
-    Vec<T> b[VECTORS];
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) b[v] = load(panel + v * WIDTH<T>);
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) {
-      const T ai = TRANSPOSED ? a[k * stride_a + i] : row[i][k];
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) total[i][v] = F::add(total[i][v], ai, b[v]);
-    }
-  }
-  if (columns >= PANEL<T>) {
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) {  // unrolled: what has an index that varies is no register
-      if (i == rows) return;
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) {
-        T* to = c + i * stride_c + v * WIDTH<T>;
-        store(to, add ? load(to) + total[i][v] : total[i][v]);
-      }
-    }
-  } else {
-    T all[ROWS][PANEL<T>];
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) store(&all[i][v * WIDTH<T>], total[i][v]);
-    }
-    for (int i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < columns; ++j) c[i * stride_c + j] = (add ? c[i * stride_c + j] : T(0)) + all[i][j];
-    }
-  }
-}
+  static int64_t weights_size(int64_t rows, int64_t stride) { return F::TERMS == 1 ? 0 : rounded_up(rows, F::TERMS) * stride; }
 
-// C (+)= A B with A [m, depth] (transposed: its transpose as it lies), B the panels of a [depth, n] matrix, C [m, n]. `memory` has
-// room for A's pairs, where factors are pairs.
-template <class F, bool TRANSPOSED, class T = typename F::Sum>
-void product(int64_t m, int64_t n, int64_t depth, const T* a, int64_t stride_a, const T* panels, T* c, int64_t stride_c, bool add, T* memory) {
-  if constexpr (F::TERMS > 1) {
-    depth = pair_up<F, TRANSPOSED>(m, depth, a, stride_a, memory);
-    if (!TRANSPOSED) stride_a = depth;
-    a = memory;
-  }
-  for (int64_t k = 0; k < depth || k == 0; k += DEPTH) {
-    const int64_t terms = depth - k < DEPTH ? depth - k : DEPTH;
-    for (int64_t i = 0; i < m; i += ROWS) {
-      const int rows = int(m - i < ROWS ? m - i : ROWS);
-      const T* a_block = TRANSPOSED ? a + k * stride_a + i : a + i * stride_a + k;
-      for (int64_t j = 0; j < n; j += PANEL<T>) {
-        product_block<F, TRANSPOSED>(
-            terms, a_block, stride_a, panels + j * depth + k * PANEL<T>, c + i * stride_c + j, stride_c, rows, n - j, add || k > 0);
+  static void pack_left(const T* a, int64_t m, int64_t depth, T* to) { pair_up<false>(m, depth, a, depth, to); }
+
+  // Panels of PANEL columns.
+  static void pack_right(const T* a, int64_t depth, int64_t n, int64_t stride_k, int64_t stride_j, T* to) {
+    for (int64_t j0 = 0; j0 < n; j0 += PANEL<T>) {
+      const int64_t width = n - j0 < PANEL<T> ? n - j0 : PANEL<T>;
+      for (int64_t k = 0; k < depth; k += F::TERMS, to += PANEL<T>) {
+        const T* from = a + k * stride_k + j0 * stride_j;
+        const bool second = k + 1 < depth;
+        for (int64_t j = 0; j < width; ++j) to[j] = F::factor(from[j * stride_j], second ? from[stride_k + j * stride_j] : T(0));
+        for (int64_t j = width; j < PANEL<T>; ++j) to[j] = 0;
       }
     }
   }
-}
+
+  // C [m, n] = A B, from the packed operands.
+  static void scores(int64_t m, int64_t n, int64_t depth, const T* left, const T* right, T* c, int64_t stride_c) {
+    product<false>(m, n, factors(depth), left, factors(depth), right, c, stride_c, false);
+  }
+
+  // Where they are not null: to_rows [rows, d] += W y and to_cols [cols, d] += W^T x, W [rows, cols], from the right operands of y and x.
+  static void add(int64_t rows, int64_t cols, int64_t d, const T* w, int64_t stride, const T* y, T* to_rows, const T* x, T* to_cols,
+      T* memory) {
+    if (to_rows) add<false>(rows, d, cols, w, stride, y, to_rows, memory);
+    if (to_cols) add<true>(cols, d, rows, w, stride, x, to_cols, memory);
+  }
+
+ private:
+  static int64_t factors(int64_t depth) { return rounded_up(depth, F::TERMS) / F::TERMS; }
+
+  // C [m, n] += A B, without gaps between the rows of C.
+  template <bool TRANSPOSED>
+  static void add(int64_t m, int64_t n, int64_t depth, const T* a, int64_t stride_a, const T* right, T* c, T* memory) {
+    if constexpr (F::TERMS > 1) {
+      pair_up<TRANSPOSED>(m, depth, a, stride_a, memory);
+      a = memory;
+      if (!TRANSPOSED) stride_a = factors(depth);
+    }
+    product<TRANSPOSED>(m, n, factors(depth), a, stride_a, right, c, n, true);
+  }
+
+  // A [m, depth] (transposed: its transpose as it lies, which keeps its stride) in pairs.
+  template <bool TRANSPOSED>
+  static void pair_up(int64_t m, int64_t depth, const T* a, int64_t stride_a, T* to) {
+    const int64_t count = factors(depth), pairs = depth / 2;
+    if constexpr (TRANSPOSED) {
+      for (int64_t k = 0; k < count; ++k) {
+        const T *first = a + 2 * k * stride_a, *second = first + stride_a;
+        for (int64_t i = 0; i < m; ++i) to[k * stride_a + i] = F::factor(first[i], k < pairs ? second[i] : T(0));
+      }
+    } else {
+      for (int64_t i = 0; i < m; ++i, a += stride_a, to += count) {
+        for (int64_t k = 0; k < pairs; ++k) to[k] = F::factor(a[2 * k], a[2 * k + 1]);
+        if (pairs < count) to[pairs] = F::factor(a[2 * pairs], T(0));
+      }
+    }
+  }
+
+  // One ROWS x PANEL tile of C; rows and columns beyond `rows` and `columns` are not written. Entry (i, k) of A is
+  // a[i * stride_a + k], or transposed, a[k * stride_a + i].
+  template <bool TRANSPOSED>
+  static inline void product_block(
+      int64_t depth, const T* a, int64_t stride_a, const T* panel, T* c, int64_t stride_c, int rows, int64_t columns, bool add) {
+    Vec<T> total[ROWS][VECTORS] = {};
+    const T* row[ROWS];
+    for (int i = 0; i < ROWS; ++i) row[i] = a + (i < rows ? i : rows - 1) * stride_a;
+    for (int64_t k = 0; k < depth; ++k, panel += PANEL<T>) {
+      if constexpr (TRANSPOSED) __builtin_prefetch(a + (k + AHEAD) * stride_a);
+      Vec<T> b[VECTORS];
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) b[v] = load(panel + v * WIDTH<T>);
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; ++i) {
+        const T ai = TRANSPOSED ? a[k * stride_a + i] : row[i][k];
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) total[i][v] = F::add(total[i][v], ai, b[v]);
+      }
+    }
+    if (columns >= PANEL<T>) {
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; ++i) {  // unrolled: what has an index that varies is no register
+        if (i == rows) return;
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) {
+          T* to = c + i * stride_c + v * WIDTH<T>;
+          store(to, add ? load(to) + total[i][v] : total[i][v]);
+        }
+      }
+    } else {
+      T all[ROWS][PANEL<T>];
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) store(&all[i][v * WIDTH<T>], total[i][v]);
+      }
+      for (int i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < columns; ++j) c[i * stride_c + j] = (add ? c[i * stride_c + j] : T(0)) + all[i][j];
+      }
+    }
+  }
+
+  // C (+)= A B of factors.
+  template <bool TRANSPOSED>
+  static void product(
+      int64_t m, int64_t n, int64_t depth, const T* a, int64_t stride_a, const T* panels, T* c, int64_t stride_c, bool add) {
+    for (int64_t k = 0; k < depth || k == 0; k += DEPTH) {
+      const int64_t terms = depth - k < DEPTH ? depth - k : DEPTH;
+      for (int64_t i = 0; i < m; i += ROWS) {
+        const int rows = int(m - i < ROWS ? m - i : ROWS);
+        const T* a_block = TRANSPOSED ? a + k * stride_a + i : a + i * stride_a + k;
+        for (int64_t j = 0; j < n; j += PANEL<T>) {
+          product_block<TRANSPOSED>(
+              terms, a_block, stride_a, panels + j * depth + k * PANEL<T>, c + i * stride_c + j, stride_c, rows, n - j, add || k > 0);
+        }
+      }
+    }
+  }
+};
 
 }  // namespace
 }  // namespace pairloss

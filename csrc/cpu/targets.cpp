@@ -2,6 +2,11 @@
 
 #include <unistd.h>
 
+#ifdef PAIRLOSS_X86_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -22,6 +27,9 @@ PAIRLOSS_DECLARE(avx2)
 PAIRLOSS_DECLARE(avx512)
 PAIRLOSS_DECLARE(avx512bf16)
 #endif
+#ifdef PAIRLOSS_X86_AMX
+PAIRLOSS_DECLARE(amx)
+#endif
 
 namespace {
 
@@ -34,13 +42,32 @@ struct Target {
 
 #ifdef PAIRLOSS_X86
 bool has_avx512() { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"); }
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
-// Best first.
+#ifdef PAIRLOSS_X86_AMX
+// Whether the processor has tiles of bfloat16 and Linux lends this process their registers, which it does when asked.
+bool has_amx() {
+  static const bool here = [] {
+    constexpr unsigned BFLOAT16 = 1 << 22, TILES = 1 << 24;
+    constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18;
+    unsigned a, b, c, d;
+    return has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && d & BFLOAT16 && d & TILES &&
+           syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0;
+  }();
+  return here;
+}
+#endif
+
+// Best first. Intel's cores start half as many vdpbf16ps as multiply-adds, and lose by them (bench/notes.md).
 const Target TARGETS[] = {
+#ifdef PAIRLOSS_X86_AMX
+    {"amx", has_amx, PAIRLOSS_TABLES(amx)},
+#endif
 #ifdef PAIRLOSS_X86
-    {"avx512bf16", [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }, PAIRLOSS_TABLES(avx512bf16)},
+    {"avx512bf16", [] { return has_avx512_bf16() && !__builtin_cpu_is("intel"); }, PAIRLOSS_TABLES(avx512bf16)},
     {"avx512", has_avx512, PAIRLOSS_TABLES(avx512)},
+    {"avx512bf16", [] { return has_avx512_bf16() && __builtin_cpu_is("intel"); }, PAIRLOSS_TABLES(avx512bf16)},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, PAIRLOSS_TABLES(avx2)},
 #endif
     {"baseline", [] { return true; }, PAIRLOSS_TABLES(baseline)},
@@ -99,16 +126,16 @@ const Kernels<T>& kernels(bool bfloat16) {
 }
 
 template <class T>
-int64_t tile_size(int64_t wanted) {
-  const Kernels<T>& k = kernels<T>(false);
+int64_t tile_size(bool bfloat16, int64_t wanted) {
+  const Kernels<T>& k = kernels<T>(bfloat16);
   if (wanted > 0) return rounded_up(wanted, k.width);
-  const int64_t fits = std::min(int64_t(std::sqrt(CACHE_SHARE * cache_bytes() / sizeof(T))), LARGEST_TILE);
+  const int64_t fits = std::min(int64_t(std::sqrt(CACHE_SHARE * cache_bytes() / k.pair_bytes)), LARGEST_TILE);
   return std::max<int64_t>(fits / k.panel, 1) * k.panel;
 }
 
 template const Kernels<float>& kernels(bool);
 template const Kernels<double>& kernels(bool);
-template int64_t tile_size<float>(int64_t);
-template int64_t tile_size<double>(int64_t);
+template int64_t tile_size<float>(bool, int64_t);
+template int64_t tile_size<double>(bool, int64_t);
 
 }  // namespace pairloss

@@ -19,8 +19,6 @@ const Kernels<T>& kernels(bool bfloat16);
 
 // The rows and columns of a tile: `wanted`, rounded up to what the tile functions serve, or for 0 what fits the cache.
 template <class T>
-int64_t tile_size(int64_t wanted);
-
-constexpr int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+int64_t tile_size(bool bfloat16, int64_t wanted);
 
 }  // namespace pairloss

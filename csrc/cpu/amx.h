@@ -1,0 +1,281 @@
+// Products by AMX, whose instruction multiplies 16 x 32 by 32 x 16 numbers of bfloat16 and adds up in float32.
+//
+// Of bfloat16 rows each number is one part. A float is the sum of three, high + middle + low, exactly; of the nine products of parts the
+// three least are left out, 2^-24 of the whole: six instructions compute with float32's precision, at half to a third of the time of
+// multiply-adds (bench/notes.md). Denormals count as 0, as does what a part lies below them: 2^-110 and less has fewer digits.
+//
+// Operands are packed: [blocks of 16 rows or columns][stretches of 32 terms][parts], each 16 x 16 pairs of terms without gaps, filled up
+// with zeros to multiples of 32 x 32. Pair p of a stretch is its terms p and 16 + p, so that pairs are made without moving lanes.
+#pragma once
+
+#ifdef PAIRLOSS_EMULATED
+#include "emulated.h"
+#else
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+#include "vector.h"
+
+namespace pairloss {
+namespace {
+
+// A tile register, or half a row of what is packed into one: 16 lanes whatever the other vectors have.
+constexpr int LANES = 16, STRETCH = 2 * LANES, SQUARE = LANES * LANES;
+typedef float Lanes __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+
+// The tile registers of this thread as the products below have them, and then as they were: other libraries use them too.
+class TileRegisters {
+ public:
+  TileRegisters() {
+    Shape shape{};
+    shape.palette = 1;
+    for (int k = 0; k < 8; ++k) {
+      shape.row_bytes[k] = 4 * LANES;
+      shape.rows[k] = LANES;
+    }
+    _tile_storeconfig(&before_);
+    _tile_loadconfig(&shape);
+  }
+  ~TileRegisters() { _tile_loadconfig(&before_); }
+  TileRegisters(const TileRegisters&) = delete;
+
+ private:
+  struct alignas(64) Shape {
+    uint8_t palette, start, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  };
+  Shape before_;
+};
+
+// Lanes first, first + 1, ... of a row; 0 from `count` on.
+PAIRLOSS_INLINE Lanes load_lanes(const float* row, int64_t count) {
+  Lanes v = {};
+  if (count >= LANES) {
+    std::memcpy(&v, row, sizeof v);
+  } else {
+    for (int64_t k = 0; k < count; ++k) v[k] = row[k];
+  }
+  return v;
+}
+
+template <int HALF>
+PAIRLOSS_INLINE void exchange(Bits m[LANES]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) {
+    if (i & HALF) continue;
+    const Bits a = m[i], b = m[i + HALF];
+    constexpr auto lane = [](int k, bool second) { return (k & HALF ? LANES : 0) + (second ? k | HALF : k & ~HALF); };
+#define PAIRLOSS_LANES(second)                                                                                                          \
+  lane(0, second), lane(1, second), lane(2, second), lane(3, second), lane(4, second), lane(5, second), lane(6, second), lane(7, second), \
+      lane(8, second), lane(9, second), lane(10, second), lane(11, second), lane(12, second), lane(13, second), lane(14, second),         \
+      lane(15, second)
+    m[i] = __builtin_shufflevector(a, b, PAIRLOSS_LANES(false));
+    m[i + HALF] = __builtin_shufflevector(a, b, PAIRLOSS_LANES(true));
+#undef PAIRLOSS_LANES
+  }
+}
+
+PAIRLOSS_INLINE void transpose(Bits m[LANES]) {
+  exchange<8>(m);
+  exchange<4>(m);
+  exchange<2>(m);
+  exchange<1>(m);
+}
+
+// The bits of v rounded to bfloat16, ties away from 0; the lower halves are anything. NaN stays.
+PAIRLOSS_INLINE Bits rounded(Lanes v) {
+  const Bits bits = (Bits)v;
+  return v == v ? bits + 0x8000 : bits | 0x400000;
+}
+
+PAIRLOSS_INLINE Bits pair_of(Bits first, Bits second) { return first >> 16 | (second & 0xffff0000); }
+
+template <int PARTS>
+struct Amx {
+  using Sum = float;
+  static_assert(PARTS == 1 || PARTS == 3);
+  static constexpr int SIDE = STRETCH, PAIR_BYTES = 4 + 4 * PARTS;  // as floats, and twice as parts
+  static constexpr bool COMMUTES = PARTS == 1;  // else high * low of <a, b> is low * high of <b, a>, which come one after another
+
+  static int64_t left_size(int64_t m, int64_t depth) { return rounded_up(m, STRETCH) * rounded_up(depth, STRETCH) * PARTS / 2; }
+  static int64_t right_size(int64_t depth, int64_t n) { return left_size(n, depth); }
+
+  static int64_t weights_size(int64_t rows, int64_t stride) { return 2 * left_size(rows, stride); }
+
+  static void pack_left(const float* a, int64_t m, int64_t depth, float* to) { pack<true>(a, m, depth, depth, 1, to); }
+  static void pack_right(const float* a, int64_t depth, int64_t n, int64_t stride_k, int64_t stride_j, float* to) {
+    pack<false>(a, n, depth, stride_j, stride_k, to);
+  }
+
+  static void scores(int64_t m, int64_t n, int64_t depth, const float* left, const float* right, float* c, int64_t stride_c) {
+    multiply<false>(m, n, depth, left, right, c, stride_c);
+  }
+
+  static void add(int64_t rows, int64_t cols, int64_t d, float* w, int64_t stride, const float* y, float* to_rows, const float* x,
+      float* to_cols, float* memory) {
+    float* transposed = memory + left_size(rows, cols);
+    pack_weights(rows, cols, w, stride, to_rows ? memory : nullptr, to_cols ? transposed : nullptr);
+    if (to_rows) multiply<true>(rows, d, cols, memory, y, to_rows, d);
+    if (to_cols) multiply<true>(cols, d, rows, transposed, x, to_cols, d);
+  }
+
+ private:
+  // Of `n` rows (LEFT) or columns whose terms k are a[j * stride_j + k * stride_k]; one of the strides is 1.
+  template <bool LEFT>
+  static void pack(const float* a, int64_t n, int64_t depth, int64_t stride_j, int64_t stride_k, float* to) {
+    const bool along = stride_k == 1;
+    for (int64_t j = 0; j < rounded_up(n, STRETCH); j += LANES) {
+      for (int64_t k = 0; k < depth; k += STRETCH) {
+        Lanes first[LANES] = {}, second[LANES] = {};
+        for (int i = 0; i < LANES; ++i) {
+          if (along) {
+            if (j + i >= n) break;
+            const float* row = a + (j + i) * stride_j + k;
+            first[i] = load_lanes(row, depth - k);
+            second[i] = load_lanes(row + LANES, depth - k - LANES);
+          } else {
+            if (k + i < depth) first[i] = load_lanes(a + (k + i) * stride_k + j, n - j);
+            if (k + LANES + i < depth) second[i] = load_lanes(a + (k + LANES + i) * stride_k + j, n - j);
+          }
+        }
+        for (int part = 0; part < PARTS; ++part, to += SQUARE) {
+          Bits pairs[LANES];
+          for (int i = 0; i < LANES; ++i) {
+            const Bits low = rounded(first[i]), high = rounded(second[i]);
+            pairs[i] = pair_of(low, high);
+            first[i] -= (Lanes)(low & 0xffff0000);
+            second[i] -= (Lanes)(high & 0xffff0000);
+          }
+          if (along != LEFT) transpose(pairs);
+          std::memcpy(to, pairs, sizeof pairs);
+        }
+      }
+    }
+  }
+
+  // W [rows, cols] and its transpose as left operands, where not null. What lies around W in its blocks of 32 x 32 becomes 0.
+  static void pack_weights(int64_t rows, int64_t cols, float* w, int64_t stride, float* to, float* transposed) {
+    for (int64_t i = 0; i < rows; ++i) std::memset(w + i * stride + cols, 0, (rounded_up(cols, STRETCH) - cols) * sizeof(float));
+    for (int64_t i = rows; i < rounded_up(rows, STRETCH); ++i) std::memset(w + i * stride, 0, rounded_up(cols, STRETCH) * sizeof(float));
+    const int64_t of_rows = rounded_up(cols, STRETCH) * PARTS * LANES / 2, of_cols = rounded_up(rows, STRETCH) * PARTS * LANES / 2;
+    for (int64_t i = 0; i < rows; i += STRETCH) {
+      for (int64_t j = 0; j < cols; j += STRETCH) {
+        pack_block(w + i * stride + j, stride, to ? to + i / LANES * of_rows + j / STRETCH * PARTS * SQUARE : nullptr, of_rows,
+            transposed ? transposed + j / LANES * of_cols + i / STRETCH * PARTS * SQUARE : nullptr, of_cols);
+      }
+    }
+  }
+
+  static void pack_block(const float* w, int64_t stride, float* to, int64_t of_rows, float* transposed, int64_t of_cols) {
+    Bits of_column[2][PARTS][LANES];
+    for (int r = 0; r < LANES; ++r) {
+      Lanes v[2][2];
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) v[k / 2][k % 2] = load_lanes(w + (r + k / 2 * LANES) * stride + k % 2 * LANES, LANES);
+#pragma GCC unroll 3
+      for (int part = 0; part < PARTS; ++part) {
+        Bits bits[2][2];
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) {
+          bits[k / 2][k % 2] = rounded(v[k / 2][k % 2]);
+          v[k / 2][k % 2] -= (Lanes)(bits[k / 2][k % 2] & 0xffff0000);
+        }
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          if (to) {
+            const Bits pairs = pair_of(bits[half][0], bits[half][1]);
+            std::memcpy(to + half * of_rows + part * SQUARE + r * LANES, &pairs, sizeof pairs);
+          }
+          of_column[half][part][r] = pair_of(bits[0][half], bits[1][half]);
+        }
+      }
+    }
+    if (!transposed) return;
+    for (int half = 0; half < 2; ++half) {
+      for (int part = 0; part < PARTS; ++part) {
+        Bits* m = of_column[half][part];
+        transpose(m);
+        std::memcpy(transposed + half * of_cols + part * SQUARE, m, SQUARE * sizeof(float));
+      }
+    }
+  }
+
+  // C (+)= A B by blocks of 32 x 32. Without ADD, C has whole blocks.
+  template <bool ADD>
+  static void multiply(int64_t m, int64_t n, int64_t depth, const float* left, const float* right, float* c, int64_t stride_c) {
+    const TileRegisters registers;
+    const int64_t stretches = rounded_up(depth, STRETCH) / STRETCH, block = stretches * PARTS * SQUARE;
+    alignas(64) float total[STRETCH * STRETCH];
+    asm volatile("" ::: "memory");  // GCC's intrinsics don't say what they read
+    for (int64_t j = 0; j < n; j += STRETCH) {
+      for (int64_t i = 0; i < m; i += STRETCH) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        multiply_block(stretches, left + i / LANES * block, right + j / LANES * block, block);
+        float *to = c + i * stride_c + j, *out = ADD ? total : to;
+        const int64_t stride = ADD ? STRETCH : stride_c;
+        _tile_stored(0, out, 4 * stride);
+        _tile_stored(1, out + LANES, 4 * stride);
+        _tile_stored(2, out + LANES * stride, 4 * stride);
+        _tile_stored(3, out + LANES * stride + LANES, 4 * stride);
+        if constexpr (ADD) {
+          const int64_t rows = m - i < STRETCH ? m - i : STRETCH, columns = n - j < STRETCH ? n - j : STRETCH;
+          for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t s = 0; s < columns; ++s) to[r * stride_c + s] += total[r * STRETCH + s];
+          }
+        }
+      }
+    }
+  }
+
+  // Adds to the first four tile registers, the least products first: what is added to the large ones is rounded like them.
+  static PAIRLOSS_INLINE void multiply_block(int64_t stretches, const float* a, const float* b, int64_t block) {
+    constexpr int MIDDLE = SQUARE, LOW = 2 * SQUARE;
+    if constexpr (PARTS == 3) {
+      for (int64_t k = 0; k < stretches; ++k) {
+        const float *of_a = a + k * PARTS * SQUARE, *of_b = b + k * PARTS * SQUARE;
+        load_left(of_a + LOW, block);
+        load_right(of_b, block);
+        multiply_registers();
+        load_left(of_a + MIDDLE, block);
+        multiply_registers();
+        load_right(of_b + MIDDLE, block);
+        multiply_registers();
+        load_left(of_a, block);
+        multiply_registers();
+        load_right(of_b + LOW, block);
+        multiply_registers();
+      }
+    }
+    for (int64_t k = 0; k < stretches; ++k) {
+      load_left(a + k * PARTS * SQUARE, block);
+      load_right(b + k * PARTS * SQUARE, block);
+      multiply_registers();
+    }
+  }
+
+  static PAIRLOSS_INLINE void load_left(const float* a, int64_t block) {
+    _tile_loadd(4, a, 4 * LANES);
+    _tile_loadd(5, a + block, 4 * LANES);
+  }
+
+  static PAIRLOSS_INLINE void load_right(const float* b, int64_t block) {
+    _tile_loadd(6, b, 4 * LANES);
+    _tile_loadd(7, b + block, 4 * LANES);
+  }
+
+  static PAIRLOSS_INLINE void multiply_registers() {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+};
+
+}  // namespace
+}  // namespace pairloss
