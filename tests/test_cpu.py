@@ -120,7 +120,8 @@ def by_instruction(name: str, given: torch.Tensor, tmp_path: Path) -> torch.Tens
     if target is not None and target not in HERE:
         pytest.skip(f"this processor lacks {target}, or this build")
     program, numbers, results = tmp_path / "program", tmp_path / "in", tmp_path / "out"
-    subprocess.run(["g++", "-std=c++20", "-O1", "-ffp-contract=off", *flags, "tests/bfloat16.cpp", "-o", str(program)], cwd=ROOT, check=True)
+    command = ["g++", "-std=c++20", "-O1", "-ffp-contract=off", *flags, "tests/bfloat16.cpp", "-o", str(program)]
+    subprocess.run(command, cwd=ROOT, check=True)
     numbers.write_bytes(given.numpy().tobytes())
     subprocess.run([str(program), str(numbers), str(results)], check=True)
     return torch.from_numpy(np.fromfile(results, np.float32))
@@ -315,8 +316,8 @@ def every_form(tmp_path: Path, build: str, threads: int) -> list[tuple[torch.dty
 
 
 def test_sanitizers_and_wide_vectors(tmp_path):
-    """No access out of bounds, no undefined behaviour, no race; the same bits for 2 and 4 threads; vectors of 64 bytes and tiles compute the
-    same, and so do products of bfloat16 by their instructions, but for weights rounded to it."""
+    """No access out of bounds, no undefined behaviour, no race; the same bits for 2 and 4 threads; vectors of 64 bytes and tiles compute
+    the same, and so do products of bfloat16 by their instructions, but for weights rounded to it."""
     reason = missing_sanitizers()
     if reason is not None:
         pytest.skip(reason)
