@@ -69,15 +69,14 @@ class Run {
     pairs_.m = T(call.margin);
     pairs_.gamma = T(call.gamma);
     pairs_.cutoff = T(call.cutoff);
-    pairs_.bounded = false;
+    pairs_.bounded = pairs_.plain = false;
     const double pairs = double(call.n) * m_ / (symmetric_ ? 2 : 1);
     const double worth = std::max(1.0, std::min(2 * pairs * call.d / PAIRLOSS_THREAD_FLOPS, double(std::min(blocks_x_, blocks_y_))));
     threads_ = std::clamp(int(worth), 1, std::max(1, call.threads));
   }
 
   void row_stats(T* row_logs, T* row_sums, T* col_logs, T* col_sums) {
-    share_bias();
-    pairs_.bounded = bound() <= NO_SHIFT;
+    prepare();
     pack_operands();
     SumsOf rows(sets(), call_.n), cols(sets(), col_sums ? m_ : 0);
     const Sums<T>&r = rows.sums, &c = symmetric_ ? rows.sums : cols.sums;
@@ -91,7 +90,7 @@ class Run {
 
   void row_stats_backward(const T* row_sums, const T* row_grads, const T* col_sums, const T* col_grads, T* dx, T* dy, T* drow_bias,
       T* dcol_bias) {
-    share_bias();
+    prepare();
     const WeightsOf rows(sets(), call_.n, row_sums, row_grads), cols(sets(), m_, col_sums, col_grads);
     backward(MIXED, dx, dy, drow_bias, dcol_bias, [&](const Tile& t, const Scratch<T>& b, T* row_bias, T* col_bias) {
       const Weights<T>* of_cols = symmetric_ ? &rows.weights : col_sums ? &cols.weights : nullptr;
@@ -163,9 +162,11 @@ class Run {
 
   int sets() const { return call_.has_ids ? 2 : 1; }
 
-  // In row_stats x against itself has one bias, on both sides.
-  void share_bias() {
+  // For row_stats, where x against itself has one bias, on both sides.
+  void prepare() {
     if (symmetric_) pairs_.y.bias = row_bias_.data();
+    pairs_.bounded = bound() <= NO_SHIFT;
+    pairs_.plain = pairs_.bounded && !call_.row_bias && !call_.col_bias && !call_.circle && call_.cutoff == -std::numeric_limits<double>::infinity();
   }
 
   // Of |z|: what the caller vouches for, or |x| |y|.
@@ -326,18 +327,17 @@ class Run {
 
   int64_t weights_size() const { return kernels_.weights_size(std::min(tile_, call_.n), row_stride()); }
 
-  int64_t scratch_size() const { return z_size() + 9 * vector_size() + weights_size(); }
+  int64_t scratch_size() const { return z_size() + 8 * vector_size() + weights_size(); }
 
   Scratch<T> scratch(T* memory) const {
     Scratch<T> b;
     b.z = memory;
     b.stride = row_stride();
     memory += z_size();
-    b.slope = memory;
     for (T** part : {b.row_total, b.row_shift, b.col_total, b.col_shift}) {
-      for (int k = 0; k < 2; ++k) part[k] = memory += vector_size();
+      for (int k = 0; k < 2; ++k, memory += vector_size()) part[k] = memory;
     }
-    b.weights = memory + vector_size();
+    b.weights = memory;
     return b;
   }
 

@@ -61,24 +61,26 @@ PAIRLOSS_INLINE void leave_out(const Tile& t, int i, T* row, T value) {
   for (int64_t k = t.cols; k % WIDTH<T>; ++k) row[k] = value;
 }
 
-// The logits of row i over its products; -inf at pairs in no set. With the circle score its slopes, negative for positives.
-template <class T, bool MIX, bool CIRCLE>
-PAIRLOSS_INLINE void row_logits(const Pairs<T>& p, const Tile& t, const Scratch<T>& b, int i) {
-  T* z = b.z + i * b.stride;
-  const T bias = p.x.bias[t.i + i];
-  for (int j = 0; j < t.cols; j += WIDTH<T>) {
-    const Vec<T> s = load(z + j);
-    const IntVec<T> same = same_id<T, MIX>(p, t, i, j);
-    Vec<T> v = s;
-    if constexpr (CIRCLE) {
-      const Vec<T> r = same ? T(1) - s : s, slope = circle_slope(r, p.m, p.gamma);
-      v = circle(r, slope, p.m);
-      store(b.slope + j, same ? -slope : slope);
-    }
-    v += bias + load(p.y.bias + t.j + j);  // the biases first: z_ij and z_ji round alike
-    store(z + j, (s < p.cutoff) & ~same ? broadcast(-INFINITE<T>) : v);
+// How a tile's logits are computed: of two sets, with the circle score, as they are.
+template <bool MIX_, bool CIRCLE_, bool PLAIN_>
+struct How {
+  static constexpr bool MIX = MIX_, CIRCLE = CIRCLE_, PLAIN = PLAIN_;
+};
+
+// The logits of row i and the columns from j on, from products; -inf at pairs in no set, which have the product -inf. With the circle
+// score its slopes, negative for positives.
+template <class H, class T>
+PAIRLOSS_INLINE Vec<T> logits(const Pairs<T>& p, const Tile& t, Vec<T> products, IntVec<T> same, int i, int j, Vec<T>* slope) {
+  if constexpr (H::PLAIN) return products;
+  const IntVec<T> none = ((products < p.cutoff) & ~same) | (products == -INFINITE<T>);
+  Vec<T> v = products;
+  if constexpr (H::CIRCLE) {
+    const Vec<T> r = same ? T(1) - products : products, slope_r = circle_slope(r, p.m, p.gamma);
+    v = circle(r, slope_r, p.m);
+    *slope = none ? Vec<T>{} : same ? -slope_r : slope_r;
   }
-  leave_out(t, i, z, -INFINITE<T>);
+  v += p.x.bias[t.i + i] + load(p.y.bias + t.j + j);  // the biases first: z_ij and z_ji round alike
+  return none ? broadcast(-INFINITE<T>) : v;
 }
 
 // Adds total e^shift, entry by entry, to the sums s e^m.
@@ -101,7 +103,7 @@ struct Split {
 
   explicit Split(const Tile& t) : first(MIX ? POSITIVES : t.set) {}
 
-  PAIRLOSS_INLINE void add(Vec<T> e, IntVec<T> same) {
+  PAIRLOSS_INLINE void add_to_row(Vec<T> e, IntVec<T> same) {
     if constexpr (MIX) {
       sum[POSITIVES] += same ? e : Vec<T>{};
       sum[NEGATIVES] += same ? Vec<T>{} : e;
@@ -119,24 +121,16 @@ struct Split {
     }
   }
 
+  PAIRLOSS_INLINE void add(Vec<T> e, IntVec<T> same, T* const total[2], int j) {
+    add_to_row(e, same);
+    add_to_columns(e, same, total, j);
+  }
+
   PAIRLOSS_INLINE void put_row(T* const total[2], int i) const {
     if constexpr (MIX) total[NEGATIVES][i] = pairloss::sum<T>(sum[NEGATIVES]);
     total[first][i] = pairloss::sum<T>(sum[0]);
   }
 };
-
-template <class T, bool MIX>
-PAIRLOSS_INLINE void sum_row(const Pairs<T>& p, const Tile& t, const Scratch<T>& b, int i, T shift) {
-  const T* z = b.z + i * b.stride;
-  Split<T, MIX> split(t);
-  for (int j = 0; j < t.cols; j += WIDTH<T>) {
-    const IntVec<T> same = same_id<T, MIX>(p, t, i, j);
-    const Vec<T> e = exp<T>(load(z + j) - shift);
-    split.add(e, same);
-    split.add_to_columns(e, same, b.col_total, j);
-  }
-  split.put_row(b.row_total, i);
-}
 
 template <class T>
 PAIRLOSS_INLINE T largest(Vec<T> v) {
@@ -174,39 +168,55 @@ void sum_apart(Pairs<T> p, Tile t, Scratch<T> b) {
     for (int j = 0; j < t.cols; j += WIDTH<T>) {
       const IntVec<T> same = same_id<T, MIX>(p, t, i, j);
       const Vec<T> v = load(z + j), of_row = broadcast(b.row_shift[first][i]), of_col = load(b.col_shift[first] + j);
-      split.add(exp<T>(v - (MIX ? (same ? of_row : broadcast(b.row_shift[last][i])) : of_row)), same);
+      split.add_to_row(exp<T>(v - (MIX ? (same ? of_row : broadcast(b.row_shift[last][i])) : of_row)), same);
       split.add_to_columns(exp<T>(v - (MIX ? (same ? of_col : load(b.col_shift[last] + j)) : of_col)), same, b.col_total, j);
     }
     split.put_row(b.row_total, i);
   }
 }
 
-template <class T, bool MIX, bool CIRCLE>
+template <class H, class T>
 void add_exponentials(Pairs<T> p, Tile t, Scratch<T> b, const Sums<T>& rows, const Sums<T>* cols) {
+  constexpr bool MIX = H::MIX;
   const int first = MIX ? POSITIVES : t.set, last = MIX ? NEGATIVES : t.set;
   for (int k = first; k <= last; ++k) {
     for (int j = 0; j < t.cols; j += WIDTH<T>) store(b.col_total[k] + j, Vec<T>{});
   }
+  // Calls f(j, same, logits) for row i.
+  const auto over_row = [&](int i, auto f) {
+    leave_out(t, i, b.z + i * b.stride, -INFINITE<T>);
+    for (int j = 0; j < t.cols; j += WIDTH<T>) {
+      const IntVec<T> same = same_id<T, MIX>(p, t, i, j);
+      Vec<T> slope;
+      f(j, same, logits<H>(p, t, load(b.z + i * b.stride + j), same, i, j, &slope));
+    }
+  };
   T shift = 0;
   bool shared = true;
   if (p.bounded) {
     for (int i = 0; i < t.rows; ++i) {
-      row_logits<T, MIX, CIRCLE>(p, t, b, i);
-      sum_row<T, MIX>(p, t, b, i, shift);
+      Split<T, MIX> split(t);
+      over_row(i, [&](int j, IntVec<T> same, Vec<T> z) { split.add(exp<T, false>(z), same, b.col_total, j); });
+      split.put_row(b.row_total, i);
     }
   } else {
     Vec<T> low = broadcast(INFINITE<T>), high = broadcast(-INFINITE<T>);
     for (int i = 0; i < t.rows; ++i) {
-      row_logits<T, MIX, CIRCLE>(p, t, b, i);
-      for (int j = 0; j < t.cols; j += WIDTH<T>) {
-        const Vec<T> z = load(b.z + i * b.stride + j);
+      over_row(i, [&](int j, IntVec<T>, Vec<T> z) {
+        store(b.z + i * b.stride + j, z);
         high = larger(high, z);
         low = z == -INFINITE<T> ? low : smaller(low, z);
-      }
+      });
     }
     shared = shared_shift(-largest<T>(-low), largest<T>(high), &shift);
     if (shared) {
-      for (int i = 0; i < t.rows; ++i) sum_row<T, MIX>(p, t, b, i, shift);
+      for (int i = 0; i < t.rows; ++i) {
+        Split<T, MIX> split(t);
+        for (int j = 0; j < t.cols; j += WIDTH<T>) {
+          split.add(exp<T>(load(b.z + i * b.stride + j) - shift), same_id<T, MIX>(p, t, i, j), b.col_total, j);
+        }
+        split.put_row(b.row_total, i);
+      }
     } else {
       sum_apart<T, MIX>(p, t, b);
     }
@@ -240,9 +250,10 @@ void shift_weights(int64_t n, const T* g, const T* m, T shift, T* to) {
   }
 }
 
-template <class T, bool MIX, bool CIRCLE>
+template <class H, class T>
 void exponential_weights(
     Pairs<T> p, Tile t, Scratch<T> b, const Weights<T>& rows, const Weights<T>* cols, T* row_bias, T* col_bias) {
+  constexpr bool MIX = H::MIX;
   const int first = MIX ? POSITIVES : t.set, last = MIX ? NEGATIVES : t.set;
   T low = INFINITE<T>, high = -INFINITE<T>, shift;
   for (int k = first; k <= last; ++k) {
@@ -265,15 +276,15 @@ void exponential_weights(
   for (int i = 0; i < t.rows; ++i) {
     T* z = b.z + i * b.stride;
     Vec<T> row_sum = {};
-    row_logits<T, MIX, CIRCLE>(p, t, b, i);
+    leave_out(t, i, z, -INFINITE<T>);
     for (int j = 0; j < t.cols; j += WIDTH<T>) {
       const IntVec<T> same = same_id<T, MIX>(p, t, i, j);
-      const Vec<T> v = load(z + j);
-      Vec<T> a;
+      Vec<T> a, slope;
+      const Vec<T> v = logits<H>(p, t, load(z + j), same, i, j, &slope);
       if (shared) {  // one exponential serves both roles
         a = b.row_total[first][i] + load(b.col_total[first] + j);
         if constexpr (MIX) a = same ? a : b.row_total[last][i] + load(b.col_total[last] + j);
-        a *= exp<T>(v - shift);
+        a *= exp<T, !H::PLAIN>(v - shift);
       } else {
         const int64_t r = t.i + i, c = t.j + j;
         const Vec<T> g = MIX ? (same ? broadcast(rows.g[first][r]) : broadcast(rows.g[last][r])) : broadcast(rows.g[first][r]);
@@ -287,7 +298,7 @@ void exponential_weights(
       }
       row_sum += a;
       if (col_bias) store(col_bias + t.j + j, load(col_bias + t.j + j) + a);
-      if constexpr (CIRCLE) a *= load(b.slope + j);
+      if constexpr (H::CIRCLE) a *= slope;
       store(z + j, a);
     }
     if (row_bias) row_bias[t.i + i] += sum<T>(row_sum);
@@ -382,6 +393,16 @@ T longest(const T* a, int64_t n, int64_t d) {
   return std::sqrt(top);
 }
 
+// Calls f with the How of a tile.
+template <class T, class F>
+inline void with_how(const Pairs<T>& p, const Tile& t, F f) {
+  if (p.circle) {
+    t.set == MIXED ? f(How<true, true, false>()) : f(How<false, true, false>());
+  } else {
+    with(t.set == MIXED, p.plain, [&](auto mix, auto plain) { f(How<mix, false, plain>()); });
+  }
+}
+
 // By the products of a Product, as product.h and amx.h have them.
 template <class Product, class T = typename Product::Sum>
 constexpr Kernels<T> table() {
@@ -400,13 +421,11 @@ constexpr Kernels<T> table() {
     if (t.diagonal && !Product::COMMUTES) mirror(t.rows, b.z, b.stride);
   };
   k.add_exponentials = [](const Pairs<T>& p, const Tile& t, const Scratch<T>& b, const Sums<T>& rows, const Sums<T>* cols) {
-    with(t.set == MIXED, p.circle, [&](auto mix, auto circle) { add_exponentials<T, mix, circle>(p, t, b, rows, cols); });
+    with_how(p, t, [&](auto how) { add_exponentials<decltype(how)>(p, t, b, rows, cols); });
   };
   k.exponential_weights = [](const Pairs<T>& p, const Tile& t, const Scratch<T>& b, const Weights<T>& rows, const Weights<T>* cols,
                               T* row_bias, T* col_bias) {
-    with(t.set == MIXED, p.circle, [&](auto mix, auto circle) {
-      exponential_weights<T, mix, circle>(p, t, b, rows, cols, row_bias, col_bias);
-    });
+    with_how(p, t, [&](auto how) { exponential_weights<decltype(how)>(p, t, b, rows, cols, row_bias, col_bias); });
   };
   k.pair_sum = [](const Pairs<T>& p, const Tile& t, const Scratch<T>& b, Set over, bool softplus, T* sums, const T* weights,
                    T* row_bias, T* col_bias) {

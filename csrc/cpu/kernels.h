@@ -45,6 +45,7 @@ struct Pairs {
   int64_t d;
   int words;     // 0: equal ids are positive; else ids are so many words, and a common bit is
   bool bounded;  // no logit needs a shift
+  bool plain;    // bounded, without biases, circle and cutoff: the logits are the products
   bool circle;
   T m, gamma;
   T cutoff;  // -inf: none
@@ -76,7 +77,6 @@ template <class T>
 struct Scratch {
   T* z;            // [rows, stride]: products, then logits, then weights of the pairs
   int64_t stride;  // columns, and enough to keep rows out of each other's cache lines
-  T* slope;        // [cols], of one row
   T* weights;      // them again, as operands of products
   T *row_total[2], *row_shift[2], *col_total[2], *col_shift[2];
 };

@@ -31,7 +31,7 @@ struct Number<float> {
   typedef float V __attribute__((vector_size(VECTOR_BYTES)));
   typedef int32_t I __attribute__((vector_size(VECTOR_BYTES)));
   static constexpr int MANTISSA = 23, BIAS = 127, EXP_TERMS = 7, LOG_TERMS = 7;
-  static constexpr float LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f, EXP_RANGE = 87;
+  static constexpr float EXP_RANGE = 87;
 };
 
 template <>
@@ -40,7 +40,7 @@ struct Number<double> {
   typedef double V __attribute__((vector_size(VECTOR_BYTES)));
   typedef int64_t I __attribute__((vector_size(VECTOR_BYTES)));
   static constexpr int MANTISSA = 52, BIAS = 1023, EXP_TERMS = 13, LOG_TERMS = 17;
-  static constexpr double LN2_HIGH = 6.93145751953125e-1, LN2_LOW = 1.42860682030941723212e-6, EXP_RANGE = 708;
+  static constexpr double EXP_RANGE = 708;
 };
 
 template <class T>
@@ -98,17 +98,18 @@ inline V smaller(V a, V b) {
 
 constexpr double reciprocal_factorial(int n) { return n < 2 ? 1.0 : reciprocal_factorial(n - 1) / n; }
 
-// e^v to a unit in the last place or two. 0 below -EXP_RANGE and no more than e^EXP_RANGE above it: a pair that has no weight
-// may have any logit, and 0 * inf would be NaN. NaN stays.
-template <class T>
+// e^v to a unit in the last place or two, and what rounding v by half a unit would make of it. 0 below -EXP_RANGE and, CAPPED, no more
+// than e^EXP_RANGE above it: a pair that has no weight may have any logit, and 0 * inf would be NaN. Else v must not be above. NaN stays.
+template <class T, bool CAPPED = true>
 PAIRLOSS_INLINE Vec<T> exp(Vec<T> v) {
   using N = Number<T>;
   // The integer, with the exponent's bias, stands in the last bits of the mantissa.
-  constexpr T LOG2E = T(1.442695040888963407359924681), TO_INTEGER = T(1.5) * T(int64_t(1) << N::MANTISSA) + N::BIAS;
-  const Vec<T> capped = v > N::EXP_RANGE ? broadcast<T>(N::EXP_RANGE) : v;
+  constexpr T LOG2E = T(1.442695040888963407359924681), LN2 = T(0.693147180559945309417232121);
+  constexpr T TO_INTEGER = T(1.5) * T(int64_t(1) << N::MANTISSA) + N::BIAS;
+  const Vec<T> capped = CAPPED && v > N::EXP_RANGE ? broadcast<T>(N::EXP_RANGE) : v;
   const Vec<T> shifted = capped * LOG2E + TO_INTEGER;
   const Vec<T> n = shifted - TO_INTEGER;
-  const Vec<T> r = (capped - n * N::LN2_HIGH) - n * N::LN2_LOW;  // |r| <= log(2) / 2
+  const Vec<T> r = capped - n * LN2;  // |r| <= log(2) / 2
   Vec<T> series = broadcast<T>(T(reciprocal_factorial(N::EXP_TERMS)));
 #pragma GCC unroll 16
   for (int k = N::EXP_TERMS - 1; k >= 0; --k) series = series * r + T(reciprocal_factorial(k));
