@@ -69,7 +69,8 @@ class _Arguments:
     """The call for C++, and the tensors that it points into."""
 
     def __init__(self, call: Call) -> None:
-        rows = [None if v is None else v.to(call.product_dtype).to(call.x.dtype).contiguous() for v in (call.x, call.y)]
+        dtype = call.x.dtype if call.product_dtype == torch.bfloat16 else call.product_dtype  # C++ rounds to bfloat16 while it packs
+        rows = [None if v is None else v.to(dtype).to(call.x.dtype).contiguous() for v in (call.x, call.y)]
         vectors = [None if v is None else v.contiguous() for v in (call.ids_x, call.ids_y, call.row_bias, call.col_bias)]
         self.tensors = rows + vectors
         x, y, ids_x, ids_y, row_bias, col_bias = map(_address, self.tensors)

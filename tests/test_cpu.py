@@ -35,11 +35,11 @@ FORMS = ("self", "self-circle", "two-cutoff", "positives", "negatives")
 
 
 def run(form: str, n: int, d: int, dtype: torch.dtype, backend: str, product_dtype: torch.dtype) -> list[torch.Tensor]:
-    """What a form of the primitive gives, with its gradients, of rows that are numbers of the product dtype."""
+    """What a form of the primitive gives, with its gradients."""
     generator = torch.Generator().manual_seed(n + d)
     x, y = (torch.randn(size, d, generator=generator, dtype=torch.float64).div_(d**0.5) for size in (n, n + 9))
     bias, ids = torch.randn(n, generator=generator, dtype=torch.float64), torch.randint(0, 4, (n + 9,), generator=generator)
-    leaves = [v.to(dtype).requires_grad_() for v in (x.to(product_dtype), y.to(product_dtype), bias)]
+    leaves = [v.to(dtype).requires_grad_() for v in (x, y, bias)]
     x, y, bias = leaves
     how = {"product_dtype": product_dtype, "backend": backend}
     if form.startswith("self"):

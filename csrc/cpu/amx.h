@@ -85,10 +85,10 @@ PAIRLOSS_INLINE void transpose(Bits m[LANES]) {
   exchange<1>(m);
 }
 
-// The bits of v rounded to bfloat16, ties away from 0; the lower halves are anything. NaN stays.
+// The bits of v rounded to bfloat16, ties to even; the lower halves are anything. NaN stays.
 PAIRLOSS_INLINE Bits rounded(Lanes v) {
   const Bits bits = (Bits)v;
-  return v == v ? bits + 0x8000 : bits | 0x400000;
+  return v == v ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;
 }
 
 PAIRLOSS_INLINE Bits pair_of(Bits first, Bits second) { return first >> 16 | (second & 0xffff0000); }

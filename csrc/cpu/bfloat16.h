@@ -13,8 +13,6 @@
 namespace pairloss {
 namespace {
 
-#if defined(__AVX512BF16__) || defined(PAIRLOSS_EMULATED)
-
 // The bits of v, rounded to nearest even. NaN stays.
 PAIRLOSS_INLINE uint32_t bfloat16_bits(float v) {
   uint32_t bits;
@@ -22,16 +20,22 @@ PAIRLOSS_INLINE uint32_t bfloat16_bits(float v) {
   return v != v ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+PAIRLOSS_INLINE float float_of(uint32_t bits) {
+  float v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+#if defined(__AVX512BF16__) || defined(PAIRLOSS_EMULATED)
+
 struct Bfloat16 {
   using Sum = float;
   static constexpr int TERMS = 2;
+  static constexpr bool ROUNDS = true;
 
   // In the bits of a float that nobody computes with.
   static PAIRLOSS_INLINE float factor(float first, float second) {
-    const uint32_t bits = bfloat16_bits(first) | bfloat16_bits(second) << 16;
-    float pair;
-    std::memcpy(&pair, &bits, sizeof pair);
-    return pair;
+    return float_of(bfloat16_bits(first) | bfloat16_bits(second) << 16);
   }
 
   static PAIRLOSS_INLINE Vec<float> add(Vec<float> total, float a, Vec<float> b) {
@@ -48,7 +52,11 @@ struct Bfloat16 {
 
 #else
 
-using Bfloat16 = Plain<float>;
+// Rows are rounded, weights are not.
+struct Bfloat16 : Plain<float> {
+  static constexpr bool ROUNDS = true;
+  static PAIRLOSS_INLINE float factor(float v, float) { return float_of(bfloat16_bits(v) << 16); }
+};
 
 #endif
 

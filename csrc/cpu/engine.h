@@ -9,7 +9,7 @@ namespace pairloss {
 // is in them).
 struct Call {
   bool is_double;
-  bool bfloat16;   // the rows' numbers are some of bfloat16, and weights may be rounded to it before they are multiplied with rows
+  bool bfloat16;   // rows are rounded to bfloat16 for the products, and weights may be
   bool symmetric;  // x against itself: y, ids_y, col_bias null
   bool has_ids;
   int64_t n, m, d;

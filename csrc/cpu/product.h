@@ -19,11 +19,12 @@ constexpr int AHEAD = 8;    // the rows of a transposed A lie too far apart for 
 template <class T>
 constexpr int PANEL = VECTORS * WIDTH<T>;
 
-// Numbers as factors.
+// Numbers as factors, as they are.
 template <class T>
 struct Plain {
   using Sum = T;
   static constexpr int TERMS = 1;
+  static constexpr bool ROUNDS = false;
   static PAIRLOSS_INLINE T factor(T first, T) { return first; }
   static PAIRLOSS_INLINE Vec<T> add(Vec<T> total, T a, Vec<T> b) { return total + a * b; }
 };
@@ -35,12 +36,12 @@ struct Blocked {
   static constexpr int SIDE = PANEL<T>, PAIR_BYTES = sizeof(T);
   static constexpr bool COMMUTES = true;  // <a, b> and <b, a> round alike
 
-  static int64_t left_size(int64_t m, int64_t depth) { return F::TERMS == 1 ? 0 : m * factors(depth); }
+  static int64_t left_size(int64_t m, int64_t depth) { return F::ROUNDS ? m * factors(depth) : 0; }
   static int64_t right_size(int64_t depth, int64_t n) { return rounded_up(n, PANEL<T>) * factors(depth); }
 
   static int64_t weights_size(int64_t rows, int64_t stride) { return F::TERMS == 1 ? 0 : rounded_up(rows, F::TERMS) * stride; }
 
-  static void pack_left(const T* a, int64_t m, int64_t depth, T* to) { pair_up<false>(m, depth, a, depth, to); }
+  static void pack_left(const T* a, int64_t m, int64_t depth, T* to) { pack_factors<false>(m, depth, a, depth, to); }
 
   // Panels of PANEL columns.
   static void pack_right(const T* a, int64_t depth, int64_t n, int64_t stride_k, int64_t stride_j, T* to) {
@@ -74,26 +75,27 @@ struct Blocked {
   template <bool TRANSPOSED>
   static void add(int64_t m, int64_t n, int64_t depth, const T* a, int64_t stride_a, const T* right, T* c, T* memory) {
     if constexpr (F::TERMS > 1) {
-      pair_up<TRANSPOSED>(m, depth, a, stride_a, memory);
+      pack_factors<TRANSPOSED>(m, depth, a, stride_a, memory);
       a = memory;
       if (!TRANSPOSED) stride_a = factors(depth);
     }
     product<TRANSPOSED>(m, n, factors(depth), a, stride_a, right, c, n, true);
   }
 
-  // A [m, depth] (transposed: its transpose as it lies, which keeps its stride) in pairs.
+  // The factors of A [m, depth] (TRANSPOSED: of its transpose as it lies, which keeps its stride).
   template <bool TRANSPOSED>
-  static void pair_up(int64_t m, int64_t depth, const T* a, int64_t stride_a, T* to) {
-    const int64_t count = factors(depth), pairs = depth / 2;
+  static void pack_factors(int64_t m, int64_t depth, const T* a, int64_t stride_a, T* to) {
+    constexpr int TERMS = F::TERMS;
+    const int64_t count = factors(depth), whole = depth / TERMS;
     if constexpr (TRANSPOSED) {
       for (int64_t k = 0; k < count; ++k) {
-        const T *first = a + 2 * k * stride_a, *second = first + stride_a;
-        for (int64_t i = 0; i < m; ++i) to[k * stride_a + i] = F::factor(first[i], k < pairs ? second[i] : T(0));
+        const T *first = a + TERMS * k * stride_a, *last = first + (TERMS - 1) * stride_a;
+        for (int64_t i = 0; i < m; ++i) to[k * stride_a + i] = F::factor(first[i], k < whole ? last[i] : T(0));
       }
     } else {
       for (int64_t i = 0; i < m; ++i, a += stride_a, to += count) {
-        for (int64_t k = 0; k < pairs; ++k) to[k] = F::factor(a[2 * k], a[2 * k + 1]);
-        if (pairs < count) to[pairs] = F::factor(a[2 * pairs], T(0));
+        for (int64_t k = 0; k < whole; ++k) to[k] = F::factor(a[TERMS * k], a[TERMS * k + TERMS - 1]);
+        if (whole < count) to[whole] = F::factor(a[TERMS * whole], T(0));
       }
     }
   }
