@@ -1,11 +1,12 @@
 // Products by AMX, whose instruction multiplies 16 x 32 by 32 x 16 numbers of bfloat16 and adds up in float32.
 //
 // Of bfloat16 rows each number is one part. A float is the sum of three, high + middle + low, exactly; of the nine products of parts the
-// three least are left out, 2^-24 of the whole: six instructions compute with float32's precision, at half to a third of the time of
-// multiply-adds (bench/notes.md). Denormals count as 0, as does what a part lies below them: 2^-110 and less has fewer digits.
+// three least are left out, 2^-24 of the whole: six instructions take half of the time of multiply-adds, and their rounding errors are
+// a fourth (bench/notes.md). Denormals count as 0, so that numbers below 2^-110 have fewer digits.
 //
-// Operands are packed: [blocks of 16 rows or columns][stretches of 32 terms][parts], each 16 x 16 pairs of terms without gaps, filled up
-// with zeros to multiples of 32 x 32. Pair p of a stretch is its terms p and 16 + p, so that pairs are made without moving lanes.
+// Operands are packed: [blocks of 16 rows or columns][stretches of 32 terms][parts], each a square of 16 x 16 pairs of terms without gaps,
+// filled up with zeros to multiples of 32 x 32. Pair p of a stretch is its terms p and 16 + p, so that pairs are made without moving lanes.
+// Rows are kept as left operands; a tile makes the right ones from them: less memory than both, and less to read from it.
 #pragma once
 
 #ifdef PAIRLOSS_EMULATED
@@ -13,6 +14,8 @@
 #else
 #include <immintrin.h>
 #endif
+
+#include <utility>
 
 #include "kernels.h"
 #include "vector.h"
@@ -50,7 +53,7 @@ class TileRegisters {
   Shape before_;
 };
 
-// Lanes first, first + 1, ... of a row; 0 from `count` on.
+// The first lanes of a row; 0 from `count` on.
 PAIRLOSS_INLINE Lanes load_lanes(const float* row, int64_t count) {
   Lanes v = {};
   if (count >= LANES) {
@@ -61,28 +64,24 @@ PAIRLOSS_INLINE Lanes load_lanes(const float* row, int64_t count) {
   return v;
 }
 
-template <int HALF>
-PAIRLOSS_INLINE void exchange(Bits m[LANES]) {
+// Quarters of the matrix change places: of each 2 HALF x 2 HALF the upper right one and the lower left one.
+template <int HALF, int... LANE>
+PAIRLOSS_INLINE void exchange(Bits m[LANES], std::integer_sequence<int, LANE...>) {
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; ++i) {
     if (i & HALF) continue;
-    const Bits a = m[i], b = m[i + HALF];
-    constexpr auto lane = [](int k, bool second) { return (k & HALF ? LANES : 0) + (second ? k | HALF : k & ~HALF); };
-#define PAIRLOSS_LANES(second)                                                                                                          \
-  lane(0, second), lane(1, second), lane(2, second), lane(3, second), lane(4, second), lane(5, second), lane(6, second), lane(7, second), \
-      lane(8, second), lane(9, second), lane(10, second), lane(11, second), lane(12, second), lane(13, second), lane(14, second),         \
-      lane(15, second)
-    m[i] = __builtin_shufflevector(a, b, PAIRLOSS_LANES(false));
-    m[i + HALF] = __builtin_shufflevector(a, b, PAIRLOSS_LANES(true));
-#undef PAIRLOSS_LANES
+    const Bits upper = m[i], lower = m[i + HALF];
+    m[i] = __builtin_shufflevector(upper, lower, (LANE & HALF ? LANES + LANE - HALF : LANE)...);
+    m[i + HALF] = __builtin_shufflevector(upper, lower, (LANE & HALF ? LANES + LANE : LANE + HALF)...);
   }
 }
 
 PAIRLOSS_INLINE void transpose(Bits m[LANES]) {
-  exchange<8>(m);
-  exchange<4>(m);
-  exchange<2>(m);
-  exchange<1>(m);
+  constexpr auto lanes = std::make_integer_sequence<int, LANES>();
+  exchange<8>(m, lanes);
+  exchange<4>(m, lanes);
+  exchange<2>(m, lanes);
+  exchange<1>(m, lanes);
 }
 
 // The bits of v rounded to bfloat16, ties to even; the lower halves are anything. NaN stays.
@@ -100,57 +99,73 @@ struct Amx {
   static constexpr int SIDE = STRETCH, PAIR_BYTES = 4 + 4 * PARTS;  // as floats, and twice as parts
   static constexpr bool COMMUTES = PARTS == 1;  // else high * low of <a, b> is low * high of <b, a>, which come one after another
 
-  static int64_t left_size(int64_t m, int64_t depth) { return rounded_up(m, STRETCH) * rounded_up(depth, STRETCH) * PARTS / 2; }
-  static int64_t right_size(int64_t depth, int64_t n) { return left_size(n, depth); }
+  static int64_t block_size(int64_t n, int64_t d, int) { return left_size(n, d); }
 
-  static int64_t weights_size(int64_t rows, int64_t stride) { return 2 * left_size(rows, stride); }
-
-  static void pack_left(const float* a, int64_t m, int64_t depth, float* to) { pack<true>(a, m, depth, depth, 1, to); }
-  static void pack_right(const float* a, int64_t depth, int64_t n, int64_t stride_k, int64_t stride_j, float* to) {
-    pack<false>(a, n, depth, stride_j, stride_k, to);
+  static void pack(const float* rows, int64_t n, int64_t d, int, float* to) {
+    for (int64_t i = 0; i < rounded_up(n, STRETCH); i += LANES) {
+      for (int64_t k = 0; k < d; k += STRETCH, to += PARTS * SQUARE) {
+        for (int r = 0; r < LANES; ++r) {
+          const float* row = rows + (i + r) * d + k;
+          const int64_t terms = i + r < n ? d - k : 0;
+          Lanes v[2] = {load_lanes(row, terms), load_lanes(row + LANES, terms - LANES)};
+          for (int part = 0; part < PARTS; ++part) {
+            const Bits first = rounded(v[0]), second = rounded(v[1]), pairs = pair_of(first, second);
+            std::memcpy(to + part * SQUARE + r * LANES, &pairs, sizeof pairs);
+            v[0] -= (Lanes)(first & 0xffff0000);
+            v[1] -= (Lanes)(second & 0xffff0000);
+          }
+        }
+      }
+    }
   }
 
-  static void scores(int64_t m, int64_t n, int64_t depth, const float* left, const float* right, float* c, int64_t stride_c) {
-    multiply<false>(m, n, depth, left, right, c, stride_c);
+  // Of the right operand of a product, and of a tile's weights and their transpose.
+  static int64_t operands_size(int64_t rows, int64_t cols, int64_t stride, int64_t d) {
+    return left_size(rows > cols ? rows : cols, d) + left_size(rows, stride) + left_size(stride, rows);
   }
 
-  static void add(int64_t rows, int64_t cols, int64_t d, float* w, int64_t stride, const float* y, float* to_rows, const float* x,
-      float* to_cols, float* memory) {
-    float* transposed = memory + left_size(rows, cols);
-    pack_weights(rows, cols, w, stride, to_rows ? memory : nullptr, to_cols ? transposed : nullptr);
-    if (to_rows) multiply<true>(rows, d, cols, memory, y, to_rows, d);
-    if (to_cols) multiply<true>(cols, d, rows, transposed, x, to_cols, d);
+  // C [m, n] = X Y^T, in whole blocks. `memory` of operands_size.
+  static void scores(
+      int64_t m, int64_t n, int64_t d, const float*, const float* x, int, const float* y, int, float* c, int64_t stride_c, float* memory) {
+    for (int64_t k = 0; k < left_size(n, d); k += SQUARE) {
+      Bits square[LANES];
+      std::memcpy(square, y + k, sizeof square);
+      transpose(square);
+      std::memcpy(memory + k, square, sizeof square);
+    }
+    multiply<false>(m, n, d, x, memory, c, stride_c);
+  }
+
+  // Where they are not null: to_rows [rows, d] += W Y and to_cols [cols, d] += W^T X, with W [rows, cols].
+  static void add(int64_t rows, int64_t cols, int64_t d, float* w, int64_t stride, const float* x, int, const float* y, int,
+      float* to_rows, float* to_cols, float* memory) {
+    float *weights = memory + left_size(rows > cols ? rows : cols, d), *transposed = weights + left_size(rows, cols);
+    pack_weights(rows, cols, w, stride, to_rows ? weights : nullptr, to_cols ? transposed : nullptr);
+    if (to_rows) {
+      across(cols, d, y, memory);
+      multiply<true>(rows, d, cols, weights, memory, to_rows, d);
+    }
+    if (to_cols) {
+      across(rows, d, x, memory);
+      multiply<true>(cols, d, rows, transposed, memory, to_cols, d);
+    }
   }
 
  private:
-  // Of `n` rows (LEFT) or columns whose terms k are a[j * stride_j + k * stride_k]; one of the strides is 1.
-  template <bool LEFT>
-  static void pack(const float* a, int64_t n, int64_t depth, int64_t stride_j, int64_t stride_k, float* to) {
-    const bool along = stride_k == 1;
-    for (int64_t j = 0; j < rounded_up(n, STRETCH); j += LANES) {
-      for (int64_t k = 0; k < depth; k += STRETCH) {
-        Lanes first[LANES] = {}, second[LANES] = {};
-        for (int i = 0; i < LANES; ++i) {
-          if (along) {
-            if (j + i >= n) break;
-            const float* row = a + (j + i) * stride_j + k;
-            first[i] = load_lanes(row, depth - k);
-            second[i] = load_lanes(row + LANES, depth - k - LANES);
-          } else {
-            if (k + i < depth) first[i] = load_lanes(a + (k + i) * stride_k + j, n - j);
-            if (k + LANES + i < depth) second[i] = load_lanes(a + (k + LANES + i) * stride_k + j, n - j);
-          }
-        }
-        for (int part = 0; part < PARTS; ++part, to += SQUARE) {
-          Bits pairs[LANES];
-          for (int i = 0; i < LANES; ++i) {
-            const Bits low = rounded(first[i]), high = rounded(second[i]);
-            pairs[i] = pair_of(low, high);
-            first[i] -= (Lanes)(low & 0xffff0000);
-            second[i] -= (Lanes)(high & 0xffff0000);
-          }
-          if (along != LEFT) transpose(pairs);
-          std::memcpy(to, pairs, sizeof pairs);
+  static int64_t left_size(int64_t m, int64_t depth) { return rounded_up(m, STRETCH) * rounded_up(depth, STRETCH) * PARTS / 2; }
+
+  // A left operand [depth, n] as a right one: its pairs are then of rows, p and 16 + p of 32.
+  static void across(int64_t depth, int64_t n, const float* a, float* to) {
+    const int64_t stretches = rounded_up(n, STRETCH) / STRETCH, block = rounded_up(depth, STRETCH) / STRETCH * PARTS * SQUARE;
+    for (int64_t k = 0; k < depth; k += STRETCH, to += PARTS * SQUARE) {
+      for (int64_t j = 0; j < stretches; ++j) {
+        for (int64_t at = 0; at < PARTS * SQUARE; at += LANES) {
+          Bits upper, lower;
+          std::memcpy(&upper, a + (k / LANES * stretches + j) * PARTS * SQUARE + at, sizeof upper);
+          std::memcpy(&lower, a + ((k / LANES + 1) * stretches + j) * PARTS * SQUARE + at, sizeof lower);
+          const Bits first = (upper & 0xffff) | lower << 16, second = pair_of(upper, lower);
+          std::memcpy(to + 2 * j * block + at, &first, sizeof first);
+          std::memcpy(to + (2 * j + 1) * block + at, &second, sizeof second);
         }
       }
     }

@@ -77,11 +77,11 @@ class Run {
 
   void row_stats(T* row_logs, T* row_sums, T* col_logs, T* col_sums) {
     prepare();
-    pack_operands();
+    pack(false, false);
     SumsOf rows(sets(), call_.n), cols(sets(), col_sums ? m_ : 0);
     const Sums<T>&r = rows.sums, &c = symmetric_ ? rows.sums : cols.sums;
     visit(MIXED, [&](const Tile& t, const Scratch<T>& b) {
-      kernels_.products(pairs_, t, left(t), right(t), b);
+      products(t, b);
       kernels_.add_exponentials(pairs_, t, b, r, t.mirrored || col_sums ? &c : nullptr);
     });
     rows.put(row_logs, row_sums, call_.n);
@@ -245,43 +245,38 @@ class Run {
   // What the blocks of a matrix are packed to.
   struct Blocks {
     Aligned<T> data;
-    int64_t stride = 0;
+    int64_t stride;
+    int roles;
     const T* at(int64_t block) const { return data.get() + block * stride; }
   };
 
-  // By pack(first row, rows, where to) for each block of `n` rows, `size` numbers or less.
-  template <class F>
-  Blocks pack(int64_t n, int64_t size, F pack_block) {
-    const int64_t count = (n + tile_ - 1) / tile_;
-    Blocks blocks{aligned<T>(count * size), size};
+  // For the products: x as their left operand, y as the right one, and the rows whose weights are wanted: x weighted for to_y.
+  void pack(bool weighted_y, bool weighted_x) {
+    if (symmetric_) {
+      x_ = pack(pairs_.x.rows, call_.n, LEFT | RIGHT | (weighted_y || weighted_x ? WEIGHTED : 0));
+    } else {
+      x_ = pack(pairs_.x.rows, call_.n, LEFT | (weighted_x ? WEIGHTED : 0));
+      y_ = pack(pairs_.y.rows, m_, RIGHT | (weighted_y ? WEIGHTED : 0));
+    }
+  }
+
+  Blocks pack(const T* rows, int64_t n, int roles) {
+    const int64_t count = (n + tile_ - 1) / tile_, size = rounded_up(kernels_.block_size(std::min(tile_, n), call_.d, roles), PADDING);
+    Blocks blocks{aligned<T>(count * size), size, roles};
     std::atomic<int64_t> next{0};
     in_parallel(threads_, [&](int) {
-      for (int64_t k; (k = next++) < count;) pack_block(k * tile_, std::min(tile_, n - k * tile_), blocks.data.get() + k * size);
+      for (int64_t k; (k = next++) < count;) {
+        kernels_.pack(rows + k * tile_ * call_.d, std::min(tile_, n - k * tile_), call_.d, roles, blocks.data.get() + k * size);
+      }
     });
     return blocks;
   }
 
-  // For the products of rows.
-  void pack_operands() {
-    const int64_t d = call_.d, left_size = kernels_.left_size(std::min(tile_, call_.n), d);
-    if (left_size > 0) {
-      left_ = pack(call_.n, left_size, [&](int64_t i, int64_t rows, T* to) { kernels_.pack_left(pairs_.x.rows + i * d, rows, d, to); });
-    }
-    right_ = pack(m_, kernels_.right_size(d, std::min(tile_, m_)), [&](int64_t j, int64_t rows, T* to) {
-      kernels_.pack_right(pairs_.y.rows + j * d, d, rows, 1, d, to);
-    });
+  void products(const Tile& t, const Scratch<T>& b) const {
+    kernels_.products(pairs_, t, x_.at(t.i / tile_), x_.roles, y().at(t.j / tile_), y().roles, b);
   }
 
-  // For the products of weights with rows.
-  Blocks pack_factors(const T* rows, int64_t n) {
-    const int64_t d = call_.d;
-    return pack(n, kernels_.right_size(std::min(tile_, n), d), [&](int64_t k, int64_t depth, T* to) {
-      kernels_.pack_right(rows + k * d, depth, d, d, 1, to);
-    });
-  }
-
-  const T* left(const Tile& t) const { return left_.stride > 0 ? left_.at(t.i / tile_) : pairs_.x.rows + t.i * call_.d; }
-  const T* right(const Tile& t) const { return right_.at(t.j / tile_); }
+  const Blocks& y() const { return symmetric_ ? x_ : y_; }
 
   // Weights of a tile from its products, by weigh(tile, scratch, row bias, column bias), whose result says whether the tile adds to
   // the gradient of its candidates too.
@@ -289,15 +284,12 @@ class Run {
   void backward(Set wanted, T* dx, T* dy, T* drow_bias, T* dcol_bias, F weigh) {
     T* to_y = symmetric_ ? dx : dy;
     std::vector<T> row_bias(drow_bias ? call_.n + PADDING : 0), col_bias(dcol_bias ? m_ + PADDING : 0);
-    pack_operands();
-    Blocks rows_x, rows_y;  // what weights are multiplied with
-    if (dx) rows_y = pack_factors(pairs_.y.rows, m_);
-    if (to_y && !symmetric_) rows_x = pack_factors(pairs_.x.rows, call_.n);
-    const Blocks& for_y = symmetric_ ? rows_y : rows_x;
+    pack(dx, to_y);
     visit(wanted, [&](const Tile& t, const Scratch<T>& b) {
-      kernels_.products(pairs_, t, left(t), right(t), b);
+      products(t, b);
       const bool to_cols = weigh(t, b, drow_bias ? row_bias.data() : nullptr, dcol_bias ? col_bias.data() : nullptr);
-      kernels_.add_gradients(t, call_.d, b, rows_y.at(t.j / tile_), dx, for_y.at(t.i / tile_), to_cols ? to_y : nullptr);
+      kernels_.add_gradients(
+          t, call_.d, x_.at(t.i / tile_), x_.roles, y().at(t.j / tile_), y().roles, b, dx, to_cols ? to_y : nullptr);
     });
     if (drow_bias) std::copy_n(row_bias.begin(), call_.n, drow_bias);
     if (dcol_bias) std::copy_n(col_bias.begin(), m_, dcol_bias);
@@ -325,9 +317,11 @@ class Run {
 
   int64_t z_size() const { return rounded_up(std::min(tile_, call_.n), BLOCK) * row_stride() + PADDING; }
 
-  int64_t weights_size() const { return kernels_.weights_size(std::min(tile_, call_.n), row_stride()); }
+  int64_t operands_size() const {
+    return kernels_.operands_size(std::min(tile_, call_.n), std::min(tile_, m_), row_stride(), call_.d);
+  }
 
-  int64_t scratch_size() const { return z_size() + 8 * vector_size() + weights_size(); }
+  int64_t scratch_size() const { return z_size() + 8 * vector_size() + operands_size(); }
 
   Scratch<T> scratch(T* memory) const {
     Scratch<T> b;
@@ -337,7 +331,7 @@ class Run {
     for (T** part : {b.row_total, b.row_shift, b.col_total, b.col_shift}) {
       for (int k = 0; k < 2; ++k, memory += vector_size()) part[k] = memory;
     }
-    b.weights = memory;
+    b.operands = memory;
     return b;
   }
 
@@ -349,7 +343,7 @@ class Run {
   std::vector<Id> ids_x_, ids_y_;
   std::vector<std::pair<Id, Id>> ranges_x_, ranges_y_;
   Pairs<T> pairs_;
-  Blocks left_, right_;
+  Blocks x_, y_;
   int threads_;
 };
 

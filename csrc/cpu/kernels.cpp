@@ -410,14 +410,12 @@ constexpr Kernels<T> table() {
   k.panel = Product::SIDE;
   k.width = WIDTH<T>;
   k.pair_bytes = Product::PAIR_BYTES;
-  k.left_size = Product::left_size;
-  k.right_size = Product::right_size;
-  k.weights_size = Product::weights_size;
-  k.pack_left = Product::pack_left;
-  k.pack_right = Product::pack_right;
+  k.block_size = Product::block_size;
+  k.pack = Product::pack;
+  k.operands_size = Product::operands_size;
   k.longest = longest<T>;
-  k.products = [](const Pairs<T>& p, const Tile& t, const T* left, const T* right, const Scratch<T>& b) {
-    Product::scores(t.rows, t.cols, p.d, left, right, b.z, b.stride);
+  k.products = [](const Pairs<T>& p, const Tile& t, const T* x, int roles_x, const T* y, int roles_y, const Scratch<T>& b) {
+    Product::scores(t.rows, t.cols, p.d, p.x.rows + t.i * p.d, x, roles_x, y, roles_y, b.z, b.stride, b.operands);
     if (t.diagonal && !Product::COMMUTES) mirror(t.rows, b.z, b.stride);
   };
   k.add_exponentials = [](const Pairs<T>& p, const Tile& t, const Scratch<T>& b, const Sums<T>& rows, const Sums<T>* cols) {
@@ -433,9 +431,10 @@ constexpr Kernels<T> table() {
       pair_sum<T, soft, positive>(p, t, b, sums, weights, row_bias, col_bias);
     });
   };
-  k.add_gradients = [](const Tile& t, int64_t d, const Scratch<T>& b, const T* y, T* to_rows, const T* x, T* to_cols) {
-    Product::add(t.rows, t.cols, d, b.z, b.stride, y, to_rows ? to_rows + t.i * d : nullptr, x, to_cols ? to_cols + t.j * d : nullptr,
-        b.weights);
+  k.add_gradients = [](const Tile& t, int64_t d, const T* x, int roles_x, const T* y, int roles_y, const Scratch<T>& b, T* to_rows,
+                        T* to_cols) {
+    Product::add(t.rows, t.cols, d, b.z, b.stride, x, roles_x, y, roles_y, to_rows ? to_rows + t.i * d : nullptr,
+        to_cols ? to_cols + t.j * d : nullptr, b.operands);
   };
   return k;
 }

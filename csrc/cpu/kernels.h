@@ -77,28 +77,30 @@ template <class T>
 struct Scratch {
   T* z;            // [rows, stride]: products, then logits, then weights of the pairs
   int64_t stride;  // columns, and enough to keep rows out of each other's cache lines
-  T* weights;      // them again, as operands of products
+  T* operands;     // what products are made of
   T *row_total[2], *row_shift[2], *col_total[2], *col_shift[2];
 };
+
+// What a block of rows is for: the left or the right operand of products, or what weights are multiplied with.
+enum Role { LEFT = 1, RIGHT = 2, WEIGHTED = 4 };
 
 template <class T>
 struct Kernels {
   int panel, width;  // what the tile's sides are best multiples of, and must be multiples of
   int pair_bytes;    // of memory that a tile wants for each pair
 
-  // The operands of a product [m, depth] x [depth, n] as they are packed, and how many numbers of memory that takes. Left: of rows
-  // without gaps; 0 where they serve as they are. Right: entry (k, j) is a[k * stride_k + j * stride_j], one of the strides 1.
-  int64_t (*left_size)(int64_t m, int64_t depth);
-  int64_t (*right_size)(int64_t depth, int64_t n);
-  int64_t (*weights_size)(int64_t rows, int64_t stride);  // of a tile's weights
-  void (*pack_left)(const T* a, int64_t m, int64_t depth, T* to);
-  void (*pack_right)(const T* a, int64_t depth, int64_t n, int64_t stride_k, int64_t stride_j, T* to);
+  // A block of rows [n, d] as the products read it, and how many numbers of memory that takes; for `roles`, some of Role.
+  int64_t (*block_size)(int64_t n, int64_t d, int roles);
+  void (*pack)(const T* rows, int64_t n, int64_t d, int roles, T* to);
+
+  // Of a tile's memory for operands.
+  int64_t (*operands_size)(int64_t rows, int64_t cols, int64_t stride, int64_t d);
 
   // The greatest norm of the rows a [n, d].
   T (*longest)(const T* a, int64_t n, int64_t d);
 
-  // z = <x_i, y_j>, from the operands [rows, d] and [d, cols] of the tile's anchors and candidates.
-  void (*products)(const Pairs<T>&, const Tile&, const T* left, const T* right, const Scratch<T>&);
+  // z = <x_i, y_j>, from the blocks of the tile's anchors and candidates, and the same number for z_ji on the diagonal.
+  void (*products)(const Pairs<T>&, const Tile&, const T* x, int roles_x, const T* y, int roles_y, const Scratch<T>&);
 
   // From products: adds the exponentials of the logits to the sums of the tile's rows and, where there are any, of its columns.
   void (*add_exponentials)(const Pairs<T>&, const Tile&, const Scratch<T>&, const Sums<T>& rows, const Sums<T>* cols);
@@ -112,8 +114,9 @@ struct Kernels {
   void (*pair_sum)(
       const Pairs<T>&, const Tile&, const Scratch<T>&, Set over, bool softplus, T* sums, const T* weights, T* row_bias, T* col_bias);
 
-  // Where they are not null: to_rows += W y and to_cols += W^T x, from the right operands [cols, d] of y and [rows, d] of x.
-  void (*add_gradients)(const Tile&, int64_t d, const Scratch<T>&, const T* y, T* to_rows, const T* x, T* to_cols);
+  // Where they are not null: to_rows += W y and to_cols += W^T x, from the blocks.
+  void (*add_gradients)(
+      const Tile&, int64_t d, const T* x, int roles_x, const T* y, int roles_y, const Scratch<T>&, T* to_rows, T* to_cols);
 };
 
 }  // namespace pairloss

@@ -36,15 +36,44 @@ struct Blocked {
   static constexpr int SIDE = PANEL<T>, PAIR_BYTES = sizeof(T);
   static constexpr bool COMMUTES = true;  // <a, b> and <b, a> round alike
 
-  static int64_t left_size(int64_t m, int64_t depth) { return F::ROUNDS ? m * factors(depth) : 0; }
-  static int64_t right_size(int64_t depth, int64_t n) { return rounded_up(n, PANEL<T>) * factors(depth); }
+  static int64_t block_size(int64_t n, int64_t d, int roles) { return place(n, d, roles, 2 * WEIGHTED); }
 
-  static int64_t weights_size(int64_t rows, int64_t stride) { return F::TERMS == 1 ? 0 : rounded_up(rows, F::TERMS) * stride; }
+  static void pack(const T* rows, int64_t n, int64_t d, int roles, T* to) {
+    if (F::ROUNDS && roles & LEFT) pack_factors<false>(n, d, rows, d, to);
+    if (roles & RIGHT) pack_panels(rows, d, n, 1, d, to + place(n, d, roles, RIGHT));
+    if (roles & WEIGHTED) pack_panels(rows, n, d, d, 1, to + place(n, d, roles, WEIGHTED));
+  }
 
-  static void pack_left(const T* a, int64_t m, int64_t depth, T* to) { pack_factors<false>(m, depth, a, depth, to); }
+  static int64_t operands_size(int64_t rows, int64_t, int64_t stride, int64_t) {
+    return F::TERMS == 1 ? 0 : rounded_up(rows, F::TERMS) * stride;
+  }
 
-  // Panels of PANEL columns.
-  static void pack_right(const T* a, int64_t depth, int64_t n, int64_t stride_k, int64_t stride_j, T* to) {
+  // C [m, n] = X Y^T, from the packed blocks, or from the rows of X where they are read as they are.
+  static void scores(int64_t m, int64_t n, int64_t d, const T* rows, const T* x, int, const T* y, int roles_y, T* c, int64_t stride_c, T*) {
+    product<false>(m, n, factors(d), F::ROUNDS ? x : rows, factors(d), y + place(n, d, roles_y, RIGHT), c, stride_c, false);
+  }
+
+  // Where they are not null: to_rows [rows, d] += W Y and to_cols [cols, d] += W^T X, with W [rows, cols]. `memory` of operands_size.
+  static void add(int64_t rows, int64_t cols, int64_t d, const T* w, int64_t stride, const T* x, int roles_x, const T* y, int roles_y,
+      T* to_rows, T* to_cols, T* memory) {
+    if (to_rows) add<false>(rows, d, cols, w, stride, y + place(cols, d, roles_y, WEIGHTED), to_rows, memory);
+    if (to_cols) add<true>(cols, d, rows, w, stride, x + place(rows, d, roles_x, WEIGHTED), to_cols, memory);
+  }
+
+ private:
+  static int64_t factors(int64_t depth) { return rounded_up(depth, F::TERMS) / F::TERMS; }
+
+  // Where a role's operand begins in a block that has `roles`: they come in Role's order.
+  static int64_t place(int64_t n, int64_t d, int roles, int role) {
+    int64_t at = 0;
+    if (F::ROUNDS && role > LEFT && roles & LEFT) at += rounded_up(n * factors(d), PADDING);
+    if (role > RIGHT && roles & RIGHT) at += rounded_up(n, PANEL<T>) * factors(d);
+    if (role > WEIGHTED && roles & WEIGHTED) at += rounded_up(d, PANEL<T>) * factors(n);
+    return at;
+  }
+
+  // Panels of PANEL columns of the matrix [depth, n] whose entry (k, j) is a[k * stride_k + j * stride_j].
+  static void pack_panels(const T* a, int64_t depth, int64_t n, int64_t stride_k, int64_t stride_j, T* to) {
     for (int64_t j0 = 0; j0 < n; j0 += PANEL<T>) {
       const int64_t width = n - j0 < PANEL<T> ? n - j0 : PANEL<T>;
       for (int64_t k = 0; k < depth; k += F::TERMS, to += PANEL<T>) {
@@ -55,21 +84,6 @@ struct Blocked {
       }
     }
   }
-
-  // C [m, n] = A B, from the packed operands.
-  static void scores(int64_t m, int64_t n, int64_t depth, const T* left, const T* right, T* c, int64_t stride_c) {
-    product<false>(m, n, factors(depth), left, factors(depth), right, c, stride_c, false);
-  }
-
-  // Where they are not null: to_rows [rows, d] += W y and to_cols [cols, d] += W^T x, W [rows, cols], from the right operands of y and x.
-  static void add(int64_t rows, int64_t cols, int64_t d, const T* w, int64_t stride, const T* y, T* to_rows, const T* x, T* to_cols,
-      T* memory) {
-    if (to_rows) add<false>(rows, d, cols, w, stride, y, to_rows, memory);
-    if (to_cols) add<true>(cols, d, rows, w, stride, x, to_cols, memory);
-  }
-
- private:
-  static int64_t factors(int64_t depth) { return rounded_up(depth, F::TERMS) / F::TERMS; }
 
   // C [m, n] += A B, without gaps between the rows of C.
   template <bool TRANSPOSED>
