@@ -1,5 +1,5 @@
 """What is timed, forward and backward: our losses, the dense PyTorch that users write today ("naive"), pytorch-metric-learning's
-("pml"), and the three matrix products alone ("products") that a dense loss needs."""
+("pml"), and the three matrix products alone that a dense loss needs, in the rows' dtype ("products") and in float32."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +21,7 @@ TAU = 0.1
 CLASSES = 10
 TOP_K = 64
 CIRCLE = {"m": 0.4, "gamma": 80.0}
-PROVIDERS = ("pairloss", "products", "naive", "pml")
+PROVIDERS = ("pairloss", "products", "products-float32", "naive", "pml")
 # Relative to the norm: in float32 neighbours of rank TOP_K may trade places, and eager bfloat16 rounds its logits.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
 
@@ -173,6 +173,8 @@ def why_not(case: Case, provider: str, limit: float) -> str | None:
     """Why there is no row of this provider where the memory limit is so many bytes; None if there is."""
     if provider == "pairloss":
         return None
+    if provider == "products-float32":
+        return why_not(case._replace(dtype=torch.float32), "products", limit) if case.dtype.itemsize == 2 else "for half rows only"
     other = {"products": Counterpart(torch.matmul, 4), "naive": LOSSES[case.loss].naive, "pml": LOSSES[case.loss].pml}[provider]
     if other is None:
         return "pytorch-metric-learning has no such loss"
@@ -184,10 +186,10 @@ def why_not(case: Case, provider: str, limit: float) -> str | None:
 
 def step_of(case: Case, device: str, provider: str) -> Callable[[], Outcome | None]:
     loss = LOSSES[case.loss]
-    inputs = paired(case.n, case.d) if provider == "products" else loss.inputs(case.n, case.d)
-    inputs = tuple(v.to(device, case.dtype) if v.ndim == 2 else v.to(device) for v in inputs)
-    if provider == "products":
-        return partial(products, *inputs)
+    if provider.startswith("products"):
+        dtype = torch.float32 if provider == "products-float32" else case.dtype
+        return partial(products, *(v.to(device, dtype) for v in paired(case.n, case.d)))
+    inputs = tuple(v.to(device, case.dtype) if v.ndim == 2 else v.to(device) for v in loss.inputs(case.n, case.d))
     other = {"naive": loss.naive, "pml": loss.pml}.get(provider)
     return partial(forward_and_backward, loss.ours if other is None else other.function, inputs)
 

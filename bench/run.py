@@ -150,7 +150,7 @@ def rows_of(case: Case, device: str, rounds: int, limit: float) -> list[list[obj
             for base in providers[1:]:
                 ratios = [ours / theirs for ours, theirs in zip(seconds[provider], seconds[base], strict=True)]
                 rows.append([*what, f"seconds / {base}", *percentiles(ratios), rounds])
-        if provider != "products":
+        if not provider.startswith("products"):
             rows.append([*what, "peak bytes", *percentiles([memory_in_child(case, device, provider)]), 1])
     return rows
 
