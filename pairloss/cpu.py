@@ -1,9 +1,10 @@
 """The engine "cpu": C++ for tensors on the CPU, csrc/cpu. This file turns calls into pointers.
 
 Fused: products, biases, the pair left out, label masks, exponentials, sums; never materialised: more than one tile of pairs for each
-thread. float32 and float64; half rows are rounded to their dtype and multiplied in float32, of bfloat16 by AVX512-BF16 where the
-processor has it, with weights rounded to bfloat16 for the gradient's products. As many threads as
-torch.get_num_threads(), with the same bits for any number of them.
+thread. float32 and float64; half rows are rounded to their dtype and multiplied in float32. bfloat16 by AMX or AVX512-BF16 where the
+processor has them, with weights rounded to bfloat16 for the gradient's products; float32 by AMX in three parts, as exact as float32 but
+where terms of a product are below 1e-30, which lose digits.
+As many threads as torch.get_num_threads(), with the same bits for any number of them.
 """
 
 import torch
@@ -35,7 +36,7 @@ def instruction_set() -> str | None:
 
 
 def label_order_pays(call: Call) -> bool:
-    tile = _cpu.tile_rows(call.x.dtype == torch.float64, call.product_dtype == torch.bfloat16, tile_size(0))
+    tile = _cpu.tile_rows(call.x.dtype == torch.float64, _in_bfloat16(call), tile_size(0))
     return min(call.x.shape[0], call.candidates.shape[0]) >= LABEL_ORDER_TILES * tile
 
 
@@ -69,14 +70,14 @@ class _Arguments:
     """The call for C++, and the tensors that it points into."""
 
     def __init__(self, call: Call) -> None:
-        dtype = call.x.dtype if call.product_dtype == torch.bfloat16 else call.product_dtype  # C++ rounds to bfloat16 while it packs
+        dtype = call.x.dtype if _in_bfloat16(call) else call.product_dtype
         rows = [None if v is None else v.to(dtype).to(call.x.dtype).contiguous() for v in (call.x, call.y)]
         vectors = [None if v is None else v.contiguous() for v in (call.ids_x, call.ids_y, call.row_bias, call.col_bias)]
         self.tensors = rows + vectors
         x, y, ids_x, ids_y, row_bias, col_bias = map(_address, self.tensors)
         self.call = _cpu.Call(
             is_double=call.x.dtype == torch.float64,
-            bfloat16=call.product_dtype == torch.bfloat16,
+            bfloat16=_in_bfloat16(call),
             symmetric=call.symmetric,
             has_ids=call.ids_x is not None,
             n=call.x.shape[0],
@@ -98,6 +99,11 @@ class _Arguments:
             tile=tile_size(0),
             threads=torch.get_num_threads(),
         )
+
+
+def _in_bfloat16(call: Call) -> bool:
+    """C++ rounds the rows while it packs them."""
+    return call.x.dtype == torch.float32 and call.product_dtype == torch.bfloat16
 
 
 def _address(tensor: Tensor | None) -> int:

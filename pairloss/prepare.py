@@ -155,7 +155,10 @@ class _Unit(torch.autograd.Function):
         along = (grad * u).sum(1, keepdim=True)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = torch.addcmul(grad, u, along, value=-1).mul_(inverse * scale)  # in place: fresh memory takes longer than the product
+            factor = inverse * scale
+            dx = torch.addcmul(grad, u, along, value=-1)
+            # Fresh memory takes longer than the product. (Under vmap a tensor may be batched where dx is not.)
+            dx = dx * factor if tensors else dx.mul_(factor)
         return dx, along.sum() if ctx.needs_input_grad[1] else None
 
     @staticmethod

@@ -1,9 +1,9 @@
 // Runs the CPU engine through every form, on arrays without a spare entry, and writes what it computes to the file named first: for
 // sanitizers, and to compare builds. Each array is its bytes per number (2: float, from weights that may be rounded to bfloat16), its length
 // and its numbers, all as doubles. The input is fixed; the second argument is the number of threads.
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <limits>
 #include <memory>
 #include <random>
@@ -47,16 +47,6 @@ Array<int64_t> ids(int64_t n, int64_t words, int64_t factor) {
 
 void put(double value) { std::fwrite(&value, sizeof value, 1, out); }
 
-// Numbers of bfloat16: the upper halves of floats.
-void truncate(const Array<float>& a) {
-  for (int64_t i = 0; i < a.size(); ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, a.get() + i, sizeof bits);
-    bits &= 0xffff0000;
-    std::memcpy(a.get() + i, &bits, sizeof bits);
-  }
-}
-
 template <class T>
 void write(const Array<T>& a, int bytes = sizeof(T)) {
   put(bytes);
@@ -70,10 +60,9 @@ void run(pairloss::Call call, double spread) {
   const Array<T> x = random<T>(n * call.d, spread), y = random<T>(m * call.d, spread);
   const Array<T> row_bias = random<T>(n, 1), col_bias = random<T>(m, 1), weights = random<T>(n, 1);
   const Array<int64_t> ids_x = ids(n, call.words, 1), ids_y = ids(m, call.words, 1);
-  if constexpr (sizeof(T) == 4) {
-    if (call.bfloat16) {
-      truncate(x);
-      truncate(y);
+  if (call.bfloat16) {  // positive: the rounding of weights is compared with sums of what was rounded, which must not cancel
+    for (const Array<T>* a : {&x, &y, &weights}) {
+      for (int64_t i = 0; i < a->size(); ++i) a->get()[i] = std::abs(a->get()[i]);
     }
   }
   const int of_gradients = call.bfloat16 ? 2 : sizeof(T);
@@ -82,18 +71,21 @@ void run(pairloss::Call call, double spread) {
   if (!call.symmetric) call.y = y.get();
   if (call.has_ids) call.ids_x = ids_x.get();
   if (call.has_ids && !call.symmetric) call.ids_y = ids_y.get();
-  call.row_bias = row_bias.get();
-  if (!call.symmetric) call.col_bias = col_bias.get();
+  const bool plain = call.logit_bound < std::numeric_limits<double>::infinity();  // and only some of the gradients
+  if (!plain) call.row_bias = row_bias.get();
+  if (!plain && !call.symmetric) call.col_bias = col_bias.get();
 
   const bool both_sides = !call.symmetric;
   Array<T> row_logs(sets * n), rows(2 * sets * n), col_logs(both_sides ? sets * m : 0), cols(2 * col_logs.size());
   Array<T> dx(n * call.d), dy(m * call.d), drow(n), dcol(m), sums(n);
   const auto of_y = [&](const Array<T>& a) { return call.symmetric ? nullptr : a.get(); };
+  const auto for_x = [&](const Array<T>& a) { return plain && call.has_ids ? nullptr : a.get(); };
+  const auto for_y = [&](const Array<T>& a) { return plain && call.words == 0 ? nullptr : of_y(a); };
   pairloss::row_stats(call, row_logs.get(), rows.get(), of_y(col_logs), of_y(cols));
   write(rows);  // whose logarithms may be -inf
   write(cols);
   // As gradients, sums are as good as other numbers.
-  pairloss::row_stats_backward(call, rows.get(), rows.get(), of_y(cols), of_y(cols), dx.get(), of_y(dy), drow.get(), of_y(dcol));
+  pairloss::row_stats_backward(call, rows.get(), rows.get(), of_y(cols), of_y(cols), for_x(dx), for_y(dy), for_x(drow), for_y(dcol));
   for (const Array<T>* a : {&dx, &dy}) write(*a, of_gradients);
   for (const Array<T>* a : {&drow, &dcol}) write(*a);
   if (call.circle) return;
@@ -102,7 +94,7 @@ void run(pairloss::Call call, double spread) {
     for (bool softplus : {false, true}) {
       Array<T> sx(n * call.d), sy(m * call.d), srow(n), scol(m);
       pairloss::pair_sum(
-          call, positives, softplus, sums.get(), weights.get(), sx.get(), of_y(sy), srow.get(), of_y(scol));
+          call, positives, softplus, sums.get(), weights.get(), for_x(sx), for_y(sy), for_x(srow), for_y(scol));
       for (const Array<T>* a : {&sx, &sy}) write(*a, of_gradients);
       for (const Array<T>* a : {&sums, &srow, &scol}) write(*a);
     }
@@ -119,8 +111,9 @@ int main(int, char** arguments) {
       for (bool symmetric : {true, false}) {
         for (int64_t words : {-1, 0, 2}) {  // no ids, ids, multi-hot
           for (bool circle : {false, true}) {
-            for (double spread : {0.1, 3.0}) {  // one shift for a tile, and one for each row and column
-              if (circle && words < 0) continue;
+            for (double spread : {0.0, 0.1, 3.0}) {  // no shift, one for a tile, and one for each row and column
+              const bool plain = spread == 0;
+              if (circle && (plain || words < 0)) continue;
               pairloss::Call call{};
               call.symmetric = symmetric;
               call.has_ids = words >= 0;
@@ -133,14 +126,15 @@ int main(int, char** arguments) {
               call.circle = circle;
               call.margin = 0.25;
               call.gamma = 4;
-              call.cutoff = circle || symmetric ? -std::numeric_limits<double>::infinity() : -0.5;
-              call.logit_bound = std::numeric_limits<double>::infinity();
+              call.cutoff = circle || symmetric || plain ? -std::numeric_limits<double>::infinity() : -0.5;
+              call.logit_bound = plain ? 20 : std::numeric_limits<double>::infinity();
               call.tile = 16;
               call.threads = std::atoi(arguments[2]);
-              run<float>(call, spread / d);
-              run<double>(call, spread / d);
+              const double of_rows = (plain ? 0.1 : spread) / d;
+              run<float>(call, of_rows);
+              run<double>(call, of_rows);
               call.bfloat16 = true;
-              run<float>(call, spread / d);
+              run<float>(call, of_rows);
             }
           }
         }

@@ -7,6 +7,7 @@ import torch
 from conftest import DTYPES, ON_CPU, tiles
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from pairloss import prepare
 from pairloss.testing import FLOORS, LOSSES, Sample
 
 CASES = [(loss, option) for loss, spec in LOSSES.items() for option in spec.options]
@@ -210,9 +211,23 @@ def test_the_reference_has_every_kind_of_derivative():
     tangent = torch.ones_like(x)
     torch.testing.assert_close(torch.func.jvp(loss, (x,), (tangent,))[1], torch.func.grad(loss)(x).sum())
     torch.testing.assert_close(torch.func.vmap(loss)(torch.stack([x, 2 * x])), torch.stack([loss(x), loss(x)]))
+
     tau = torch.tensor(0.3, dtype=torch.float64)
     of_tau = torch.func.jvp(lambda tau: loss(x, tau), (tau,), (torch.ones_like(tau),))[1]
     torch.testing.assert_close(of_tau, torch.func.grad(lambda tau: loss(x, tau))(tau))
+
+
+def test_vmap_over_temperatures_alone():
+    x, labels, taus = torch.randn(6, 3), torch.arange(6) % 2, torch.tensor([0.3, 0.5])
+
+    def gradient(tau):
+        return torch.func.grad(lambda x: LOSSES["snnl"].function(x, labels, tau, backend="reference"))(x)
+
+    def unit_gradient(scale):
+        return torch.func.vjp(lambda x: prepare.unit(x, scale), x)[1](x[:1].expand(6, 3))[0]
+
+    for function in (gradient, unit_gradient):
+        torch.testing.assert_close(torch.func.vmap(function)(taus), torch.stack([function(tau) for tau in taus]))
 
 
 def test_second_derivatives_are_refused_clearly():

@@ -2,7 +2,8 @@
 //
 // Of bfloat16 rows each number is one part. A float is the sum of three, high + middle + low, exactly; of the nine products of parts the
 // three least are left out, 2^-24 of the whole: six instructions take half of the time of multiply-adds, and their rounding errors are
-// a fourth (bench/notes.md). Denormals count as 0, so that numbers below 2^-110 have fewer digits.
+// a fourth (bench/notes.md). Denormals count as 0, parts' and their products': terms of a product below 2^-100 have fewer digits. Numbers
+// that bfloat16 rounds to infinity give NaN.
 //
 // Operands are packed: [blocks of 16 rows or columns][stretches of 32 terms][parts], each a square of 16 x 16 pairs of terms without gaps,
 // filled up with zeros to multiples of 32 x 32. Pair p of a stretch is its terms p and 16 + p, so that pairs are made without moving lanes.
@@ -39,6 +40,8 @@ class TileRegisters {
       shape.rows[k] = LANES;
     }
     _tile_storeconfig(&before_);
+    // GCC's intrinsics say nothing of most of what they read: neither the shape nor operands.
+    asm volatile("" : : "r"(&shape) : "memory");
     _tile_loadconfig(&shape);
   }
   ~TileRegisters() { _tile_loadconfig(&before_); }
@@ -96,6 +99,7 @@ template <int PARTS>
 struct Amx {
   using Sum = float;
   static_assert(PARTS == 1 || PARTS == 3);
+  static_assert(BLOCK % STRETCH == 0);
   static constexpr int SIDE = STRETCH, PAIR_BYTES = 4 + 4 * PARTS;  // as floats, and twice as parts
   static constexpr bool COMMUTES = PARTS == 1;  // else high * low of <a, b> is low * high of <b, a>, which come one after another
 
@@ -224,7 +228,6 @@ struct Amx {
     const TileRegisters registers;
     const int64_t stretches = rounded_up(depth, STRETCH) / STRETCH, block = stretches * PARTS * SQUARE;
     alignas(64) float total[STRETCH * STRETCH];
-    asm volatile("" ::: "memory");  // GCC's intrinsics don't say what they read
     for (int64_t j = 0; j < n; j += STRETCH) {
       for (int64_t i = 0; i < m; i += STRETCH) {
         _tile_zero(0);

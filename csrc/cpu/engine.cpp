@@ -166,7 +166,8 @@ class Run {
   void prepare() {
     if (symmetric_) pairs_.y.bias = row_bias_.data();
     pairs_.bounded = bound() <= NO_SHIFT;
-    pairs_.plain = pairs_.bounded && !call_.row_bias && !call_.col_bias && !call_.circle && call_.cutoff == -std::numeric_limits<double>::infinity();
+    const bool as_they_are = !call_.row_bias && !call_.col_bias && !call_.circle && call_.cutoff == -std::numeric_limits<double>::infinity();
+    pairs_.plain = pairs_.bounded && as_they_are;
   }
 
   // Of |z|: what the caller vouches for, or |x| |y|.
@@ -284,7 +285,7 @@ class Run {
   void backward(Set wanted, T* dx, T* dy, T* drow_bias, T* dcol_bias, F weigh) {
     T* to_y = symmetric_ ? dx : dy;
     std::vector<T> row_bias(drow_bias ? call_.n + PADDING : 0), col_bias(dcol_bias ? m_ + PADDING : 0);
-    pack(dx, to_y);
+    pack(dx != nullptr, to_y != nullptr);
     visit(wanted, [&](const Tile& t, const Scratch<T>& b) {
       products(t, b);
       const bool to_cols = weigh(t, b, drow_bias ? row_bias.data() : nullptr, dcol_bias ? col_bias.data() : nullptr);

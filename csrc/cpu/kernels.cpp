@@ -260,7 +260,8 @@ void exponential_weights(
     widen(t.rows, rows.g[k] + t.i, rows.m[k] + t.i, &low, &high);
     if (cols) widen(t.cols, cols->g[k] + t.j, cols->m[k] + t.j, &low, &high);
   }
-  const bool shared = shared_shift(low, high, &shift);
+  // Logits of this call may be plain beside sums that other calls have been added to: their exponentials below have no bound of their own.
+  const bool shared = shared_shift(low, high, &shift) && (!H::PLAIN || shift >= -T(NO_SHIFT));
   if (shared) {
     for (int k = first; k <= last; ++k) {
       shift_weights(t.rows, rows.g[k] + t.i, rows.m[k] + t.i, shift, b.row_total[k]);
@@ -433,7 +434,7 @@ constexpr Kernels<T> table() {
   };
   k.add_gradients = [](const Tile& t, int64_t d, const T* x, int roles_x, const T* y, int roles_y, const Scratch<T>& b, T* to_rows,
                         T* to_cols) {
-    Product::add(t.rows, t.cols, d, b.z, b.stride, x, roles_x, y, roles_y, to_rows ? to_rows + t.i * d : nullptr,
+    if (to_rows || to_cols) Product::add(t.rows, t.cols, d, b.z, b.stride, x, roles_x, y, roles_y, to_rows ? to_rows + t.i * d : nullptr,
         to_cols ? to_cols + t.j * d : nullptr, b.operands);
   };
   return k;

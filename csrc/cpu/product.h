@@ -1,8 +1,8 @@
 // Products of tiles, C (+)= A B, that stay in the caches of one core.
 //
-// B is packed: panels of PANEL columns, each K x PANEL without gaps, the last one filled up with zeros. A and C are as they
-// come. A tile of ROWS x PANEL of C stays in registers over up to DEPTH factors, summed in their order: <a, b> and <b, a> round
-// alike. A factor is one number, or as in bfloat16.h a pair that is multiplied at once.
+// B is packed: panels of PANEL columns, each K x PANEL without gaps, the last one filled up with zeros. A is as it comes, where its
+// numbers are factors, and C always. A tile of ROWS x PANEL of C stays in registers over up to DEPTH factors, summed in their order:
+// <a, b> and <b, a> round alike. A factor is one number, or as in bfloat16.h a pair that is multiplied at once.
 #pragma once
 
 #include "kernels.h"
@@ -29,6 +29,7 @@ struct Plain {
   static PAIRLOSS_INLINE Vec<T> add(Vec<T> total, T a, Vec<T> b) { return total + a * b; }
 };
 
+// Products of factors F, as kernels.h calls them.
 template <class F>
 struct Blocked {
   using Sum = typename F::Sum;
@@ -44,6 +45,7 @@ struct Blocked {
     if (roles & WEIGHTED) pack_panels(rows, n, d, d, 1, to + place(n, d, roles, WEIGHTED));
   }
 
+  // Of a tile's weights as factors, or of their transpose, which keeps its stride.
   static int64_t operands_size(int64_t rows, int64_t, int64_t stride, int64_t) {
     return F::TERMS == 1 ? 0 : rounded_up(rows, F::TERMS) * stride;
   }
