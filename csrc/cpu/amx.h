@@ -2,8 +2,8 @@
 //
 // Of bfloat16 rows each number is one part. A float is the sum of three, high + middle + low, exactly; of the nine products of parts the
 // three least are left out, 2^-24 of the whole: six instructions take half of the time of multiply-adds, and their rounding errors are
-// a fourth (bench/notes.md). Denormals count as 0, parts' and their products': terms of a product below 2^-100 have fewer digits. Numbers
-// that bfloat16 rounds to infinity give NaN.
+// a fourth (bench/notes.md). Denormals count as 0, parts' and their products': terms of a logit below 2^-100 and of a gradient below 2^-124
+// have fewer digits. Numbers that bfloat16 rounds to infinity, and gradients above 2^103, are infinite or NaN.
 //
 // Operands are packed: [blocks of 16 rows or columns][stretches of 32 terms][parts], each a square of 16 x 16 pairs of terms without gaps,
 // filled up with zeros to multiples of 32 x 32. Pair p of a stretch is its terms p and 16 + p, so that pairs are made without moving lanes.
@@ -101,6 +101,7 @@ struct Amx {
   static_assert(PARTS == 1 || PARTS == 3);
   static_assert(BLOCK % STRETCH == 0);
   static constexpr int SIDE = STRETCH, PAIR_BYTES = 4 + 4 * PARTS;  // as floats, and twice as parts
+  static constexpr float SCALE = PARTS == 1 ? 1 : 0x1p24f;  // of weights, so that the low parts of small ones are no denormals
   static constexpr bool COMMUTES = PARTS == 1;  // else high * low of <a, b> is low * high of <b, a>, which come one after another
 
   static int64_t block_size(int64_t n, int64_t d, int) { return left_size(n, d); }
@@ -193,7 +194,7 @@ struct Amx {
     for (int r = 0; r < LANES; ++r) {
       Lanes v[2][2];
 #pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) v[k / 2][k % 2] = load_lanes(w + (r + k / 2 * LANES) * stride + k % 2 * LANES, LANES);
+      for (int k = 0; k < 4; ++k) v[k / 2][k % 2] = SCALE * load_lanes(w + (r + k / 2 * LANES) * stride + k % 2 * LANES, LANES);
 #pragma GCC unroll 3
       for (int part = 0; part < PARTS; ++part) {
         Bits bits[2][2];
@@ -244,7 +245,7 @@ struct Amx {
         if constexpr (ADD) {
           const int64_t rows = m - i < STRETCH ? m - i : STRETCH, columns = n - j < STRETCH ? n - j : STRETCH;
           for (int64_t r = 0; r < rows; ++r) {
-            for (int64_t s = 0; s < columns; ++s) to[r * stride_c + s] += total[r * STRETCH + s];
+            for (int64_t s = 0; s < columns; ++s) to[r * stride_c + s] += total[r * STRETCH + s] / SCALE;
           }
         }
       }
