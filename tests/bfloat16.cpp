@@ -21,6 +21,17 @@ int main(int, char** arguments) {
 #ifndef PAIRLOSS_EMULATED
   if (syscall(SYS_arch_prctl, 0x1023, 18) != 0) return 3;
 #endif
+  // What another library may have set up, 5 rows in the first register, is there again.
+  alignas(64) uint8_t before[64] = {1}, after[64];
+  before[16] = 64;
+  before[48] = 5;
+  asm volatile("" : : "r"(before) : "memory");
+  _tile_loadconfig(before);
+  { const TileRegisters registers; }
+  _tile_storeconfig(after);
+  asm volatile("" : : "r"(after) : "memory");
+  if (std::memcmp(before, after, sizeof before) != 0) return 4;
+
   const TileRegisters registers;
   for (alignas(64) float v[3][256]; std::fread(v, sizeof v, 1, in) == 1;) {
     asm volatile("" ::: "memory");

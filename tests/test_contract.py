@@ -166,9 +166,10 @@ def test_autocast_rounds_only_the_products(autocast, compiled):
     ours = under_autocast(function)
     assert [v.dtype for v in ours] == [torch.float32, torch.float32]
     torch.testing.assert_close(ours[0], expected[0], rtol=1e-5, atol=1e-6)
-    # The default engine may round the weights too, before they are multiplied with rows.
-    assert (ours[1] - expected[1]).abs().max() <= FLOORS[autocast] * expected[1].abs().max()
-    torch.testing.assert_close(under_autocast(function, backend="torch"), expected, rtol=1e-5, atol=1e-6)
+    if autocast == torch.bfloat16:  # the default engine may round the weights too, before they are multiplied with rows
+        assert (ours[1] - expected[1]).abs().max() <= FLOORS[autocast] * expected[1].abs().max()
+        ours = under_autocast(function, backend="torch")
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
     assert not torch.equal(ours[0], LOSSES["snnl"].function(features, sample.others["labels"], 0.2))
 
 
@@ -211,7 +212,6 @@ def test_the_reference_has_every_kind_of_derivative():
     tangent = torch.ones_like(x)
     torch.testing.assert_close(torch.func.jvp(loss, (x,), (tangent,))[1], torch.func.grad(loss)(x).sum())
     torch.testing.assert_close(torch.func.vmap(loss)(torch.stack([x, 2 * x])), torch.stack([loss(x), loss(x)]))
-
     tau = torch.tensor(0.3, dtype=torch.float64)
     of_tau = torch.func.jvp(lambda tau: loss(x, tau), (tau,), (torch.ones_like(tau),))[1]
     torch.testing.assert_close(of_tau, torch.func.grad(lambda tau: loss(x, tau))(tau))

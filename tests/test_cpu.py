@@ -1,5 +1,6 @@
 """The C++ engine by itself: every instruction set, number of threads and length of rows; sanitizers; how it is built or not."""
 
+import ctypes
 import os
 import platform
 import re
@@ -28,15 +29,7 @@ def missing_sanitizers() -> str | None:
         command = ["g++", "-x", "c++", flag, "-", "-o", os.devnull]
         if subprocess.run(command, input="int main() {}", text=True, capture_output=True).returncode != 0:
             return f"g++ has no library for {flag}"
-    return missing_shuffles()
-
-
-def missing_shuffles() -> str | None:
-    if shutil.which("g++") is None:
-        return "no g++"
-    command = ["g++", "-x", "c++", "-fsyntax-only", "-"]
-    probe = "#if !__has_builtin(__builtin_shufflevector)\n#error\n#endif"
-    return None if subprocess.run(command, input=probe, text=True, capture_output=True).returncode == 0 else "g++ is older than 12"
+    return None
 
 
 FORMS = ("self", "self-circle", "two-cutoff", "positives", "negatives")
@@ -105,7 +98,7 @@ def test_the_best_instruction_set_that_linux_lists_is_used():
     avx512 = {"avx512f", "avx512dq", "avx512vl"}
     needs = {"amx": {"amx_tile", "amx_bf16"} | avx512, "avx512bf16": {"avx512_bf16"} | avx512, "avx512": avx512, "avx2": {"avx2", "fma"}}
     expected = [*(target for target, of in needs.items() if of <= flags), "baseline"]
-    if "amx" not in HERE and "amx" in expected:  # an old compiler's build, or a sandbox that refuses its registers
+    if "amx" in expected and ctypes.CDLL(None).syscall(158, 0x1023, 18) != 0:  # arch_prctl: a sandbox that refuses its registers
         expected.remove("amx")
     if "GenuineIntel" in described and "avx512bf16" in expected:  # where it takes longer than avx512
         expected.remove("avx512bf16")
@@ -125,9 +118,8 @@ INSTRUCTIONS = {
 def by_instruction(name: str, given: torch.Tensor, tmp_path: Path) -> torch.Tensor:
     """What tests/bfloat16.cpp makes of the numbers."""
     target, flags = INSTRUCTIONS[name]
-    reason = missing_shuffles()
-    if reason is not None:
-        pytest.skip(reason)
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
     if target is not None and target not in HERE:
         pytest.skip(f"this processor lacks {target}, or this build")
     program, numbers, results = tmp_path / "program", tmp_path / "in", tmp_path / "out"
@@ -205,12 +197,16 @@ def test_float32_products_are_as_exact_as_the_librarys(target, d):
 
 
 @needs_extension
-def test_torchs_own_products_of_bfloat16_go_on_as_before():
-    """It may use the same tile registers in the same threads."""
-    x = torch.randn(128, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    before = x @ x.T
-    pairloss.snnl(x, torch.arange(128) % 4, 0.1, backend="cpu")
-    assert torch.equal(x @ x.T, before)
+@pytest.mark.parametrize("target", HERE)
+def test_a_pair_has_one_logit(target):
+    """z_ij and z_ji have the same bits, whichever is x: where a tile stands for its transpose they are one number."""
+    cpu._cpu.use_target(target)
+    try:
+        for x in torch.randn(2000, 2, 100, generator=torch.Generator().manual_seed(0)):  # orders of adding up differ in one of 400
+            first, second = pair_sum(x, None, None, None, 0, over="negatives", term="linear", backend="cpu")
+            assert first == second
+    finally:
+        cpu._cpu.use_target("")
 
 
 @needs_extension

@@ -74,8 +74,13 @@ PAIRLOSS_INLINE void exchange(Bits m[LANES], std::integer_sequence<int, LANE...>
   for (int i = 0; i < LANES; ++i) {
     if (i & HALF) continue;
     const Bits upper = m[i], lower = m[i + HALF];
+#ifdef __clang__
     m[i] = __builtin_shufflevector(upper, lower, (LANE & HALF ? LANES + LANE - HALF : LANE)...);
     m[i + HALF] = __builtin_shufflevector(upper, lower, (LANE & HALF ? LANES + LANE : LANE + HALF)...);
+#else
+    m[i] = __builtin_shuffle(upper, lower, Bits{(LANE & HALF ? LANES + LANE - HALF : LANE)...});
+    m[i + HALF] = __builtin_shuffle(upper, lower, Bits{(LANE & HALF ? LANES + LANE : LANE + HALF)...});
+#endif
   }
 }
 
@@ -93,6 +98,13 @@ PAIRLOSS_INLINE Bits rounded(Lanes v) {
   return v == v ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;
 }
 
+// The bits of v's next part, which is taken off it.
+PAIRLOSS_INLINE Bits take_part(Lanes* v) {
+  const Bits bits = rounded(*v);
+  *v -= (Lanes)(bits & 0xffff0000);
+  return bits;
+}
+
 PAIRLOSS_INLINE Bits pair_of(Bits first, Bits second) { return first >> 16 | (second & 0xffff0000); }
 
 template <int PARTS>
@@ -104,6 +116,7 @@ struct Amx {
   static constexpr float SCALE = PARTS == 1 ? 1 : 0x1p24f;  // of weights, so that the low parts of small ones are no denormals
   static constexpr bool COMMUTES = PARTS == 1;  // else high * low of <a, b> is low * high of <b, a>, which come one after another
 
+  // Whatever a block is for, it is packed alike.
   static int64_t block_size(int64_t n, int64_t d, int) { return left_size(n, d); }
 
   static void pack(const float* rows, int64_t n, int64_t d, int, float* to) {
@@ -114,10 +127,8 @@ struct Amx {
           const int64_t terms = i + r < n ? d - k : 0;
           Lanes v[2] = {load_lanes(row, terms), load_lanes(row + LANES, terms - LANES)};
           for (int part = 0; part < PARTS; ++part) {
-            const Bits first = rounded(v[0]), second = rounded(v[1]), pairs = pair_of(first, second);
+            const Bits first = take_part(v), second = take_part(v + 1), pairs = pair_of(first, second);
             std::memcpy(to + part * SQUARE + r * LANES, &pairs, sizeof pairs);
-            v[0] -= (Lanes)(first & 0xffff0000);
-            v[1] -= (Lanes)(second & 0xffff0000);
           }
         }
       }
@@ -131,27 +142,27 @@ struct Amx {
 
   // C [m, n] = X Y^T, in whole blocks. `memory` of operands_size.
   static void scores(
-      int64_t m, int64_t n, int64_t d, const float*, const float* x, int, const float* y, int, float* c, int64_t stride_c, float* memory) {
+      int64_t m, int64_t n, int64_t d, const float*, Block<float> x, Block<float> y, float* c, int64_t stride_c, float* memory) {
     for (int64_t k = 0; k < left_size(n, d); k += SQUARE) {
       Bits square[LANES];
-      std::memcpy(square, y + k, sizeof square);
+      std::memcpy(square, y.data + k, sizeof square);
       transpose(square);
       std::memcpy(memory + k, square, sizeof square);
     }
-    multiply<false>(m, n, d, x, memory, c, stride_c);
+    multiply<false>(m, n, d, x.data, memory, c, stride_c);
   }
 
   // Where they are not null: to_rows [rows, d] += W Y and to_cols [cols, d] += W^T X, with W [rows, cols].
-  static void add(int64_t rows, int64_t cols, int64_t d, float* w, int64_t stride, const float* x, int, const float* y, int,
-      float* to_rows, float* to_cols, float* memory) {
+  static void add(int64_t rows, int64_t cols, int64_t d, float* w, int64_t stride, Block<float> x, Block<float> y, float* to_rows,
+      float* to_cols, float* memory) {
     float *weights = memory + left_size(rows > cols ? rows : cols, d), *transposed = weights + left_size(rows, cols);
     pack_weights(rows, cols, w, stride, to_rows ? weights : nullptr, to_cols ? transposed : nullptr);
     if (to_rows) {
-      across(cols, d, y, memory);
+      across(cols, d, y.data, memory);
       multiply<true>(rows, d, cols, weights, memory, to_rows, d);
     }
     if (to_cols) {
-      across(rows, d, x, memory);
+      across(rows, d, x.data, memory);
       multiply<true>(cols, d, rows, transposed, memory, to_cols, d);
     }
   }
@@ -199,10 +210,7 @@ struct Amx {
       for (int part = 0; part < PARTS; ++part) {
         Bits bits[2][2];
 #pragma GCC unroll 4
-        for (int k = 0; k < 4; ++k) {
-          bits[k / 2][k % 2] = rounded(v[k / 2][k % 2]);
-          v[k / 2][k % 2] -= (Lanes)(bits[k / 2][k % 2] & 0xffff0000);
-        }
+        for (int k = 0; k < 4; ++k) bits[k / 2][k % 2] = take_part(&v[k / 2][k % 2]);
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
           if (to) {

@@ -248,7 +248,7 @@ class Run {
     Aligned<T> data;
     int64_t stride;
     int roles;
-    const T* at(int64_t block) const { return data.get() + block * stride; }
+    Block<T> at(int64_t block) const { return {data.get() + block * stride, roles}; }
   };
 
   // For the products: x as their left operand, y as the right one, and the rows whose weights are wanted: x weighted for to_y.
@@ -274,7 +274,7 @@ class Run {
   }
 
   void products(const Tile& t, const Scratch<T>& b) const {
-    kernels_.products(pairs_, t, x_.at(t.i / tile_), x_.roles, y().at(t.j / tile_), y().roles, b);
+    kernels_.products(pairs_, t, x_.at(t.i / tile_), y().at(t.j / tile_), b);
   }
 
   const Blocks& y() const { return symmetric_ ? x_ : y_; }
@@ -289,8 +289,7 @@ class Run {
     visit(wanted, [&](const Tile& t, const Scratch<T>& b) {
       products(t, b);
       const bool to_cols = weigh(t, b, drow_bias ? row_bias.data() : nullptr, dcol_bias ? col_bias.data() : nullptr);
-      kernels_.add_gradients(
-          t, call_.d, x_.at(t.i / tile_), x_.roles, y().at(t.j / tile_), y().roles, b, dx, to_cols ? to_y : nullptr);
+      kernels_.add_gradients(t, call_.d, x_.at(t.i / tile_), y().at(t.j / tile_), b, dx, to_cols ? to_y : nullptr);
     });
     if (drow_bias) std::copy_n(row_bias.begin(), call_.n, drow_bias);
     if (dcol_bias) std::copy_n(col_bias.begin(), m_, dcol_bias);

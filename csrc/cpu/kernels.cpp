@@ -415,8 +415,8 @@ constexpr Kernels<T> table() {
   k.pack = Product::pack;
   k.operands_size = Product::operands_size;
   k.longest = longest<T>;
-  k.products = [](const Pairs<T>& p, const Tile& t, const T* x, int roles_x, const T* y, int roles_y, const Scratch<T>& b) {
-    Product::scores(t.rows, t.cols, p.d, p.x.rows + t.i * p.d, x, roles_x, y, roles_y, b.z, b.stride, b.operands);
+  k.products = [](const Pairs<T>& p, const Tile& t, Block<T> x, Block<T> y, const Scratch<T>& b) {
+    Product::scores(t.rows, t.cols, p.d, p.x.rows + t.i * p.d, x, y, b.z, b.stride, b.operands);
     if (t.diagonal && !Product::COMMUTES) mirror(t.rows, b.z, b.stride);
   };
   k.add_exponentials = [](const Pairs<T>& p, const Tile& t, const Scratch<T>& b, const Sums<T>& rows, const Sums<T>* cols) {
@@ -432,9 +432,8 @@ constexpr Kernels<T> table() {
       pair_sum<T, soft, positive>(p, t, b, sums, weights, row_bias, col_bias);
     });
   };
-  k.add_gradients = [](const Tile& t, int64_t d, const T* x, int roles_x, const T* y, int roles_y, const Scratch<T>& b, T* to_rows,
-                        T* to_cols) {
-    if (to_rows || to_cols) Product::add(t.rows, t.cols, d, b.z, b.stride, x, roles_x, y, roles_y, to_rows ? to_rows + t.i * d : nullptr,
+  k.add_gradients = [](const Tile& t, int64_t d, Block<T> x, Block<T> y, const Scratch<T>& b, T* to_rows, T* to_cols) {
+    if (to_rows || to_cols) Product::add(t.rows, t.cols, d, b.z, b.stride, x, y, to_rows ? to_rows + t.i * d : nullptr,
         to_cols ? to_cols + t.j * d : nullptr, b.operands);
   };
   return k;

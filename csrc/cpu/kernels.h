@@ -85,6 +85,12 @@ struct Scratch {
 enum Role { LEFT = 1, RIGHT = 2, WEIGHTED = 4 };
 
 template <class T>
+struct Block {
+  const T* data;  // as Kernels::pack makes it
+  int roles;
+};
+
+template <class T>
 struct Kernels {
   int panel, width;  // what the tile's sides are best multiples of, and must be multiples of
   int pair_bytes;    // of memory that a tile wants for each pair
@@ -100,7 +106,7 @@ struct Kernels {
   T (*longest)(const T* a, int64_t n, int64_t d);
 
   // z = <x_i, y_j>, from the blocks of the tile's anchors and candidates, and the same number for z_ji on the diagonal.
-  void (*products)(const Pairs<T>&, const Tile&, const T* x, int roles_x, const T* y, int roles_y, const Scratch<T>&);
+  void (*products)(const Pairs<T>&, const Tile&, Block<T> x, Block<T> y, const Scratch<T>&);
 
   // From products: adds the exponentials of the logits to the sums of the tile's rows and, where there are any, of its columns.
   void (*add_exponentials)(const Pairs<T>&, const Tile&, const Scratch<T>&, const Sums<T>& rows, const Sums<T>* cols);
@@ -115,8 +121,7 @@ struct Kernels {
       const Pairs<T>&, const Tile&, const Scratch<T>&, Set over, bool softplus, T* sums, const T* weights, T* row_bias, T* col_bias);
 
   // Where they are not null: to_rows += W y and to_cols += W^T x, from the blocks.
-  void (*add_gradients)(
-      const Tile&, int64_t d, const T* x, int roles_x, const T* y, int roles_y, const Scratch<T>&, T* to_rows, T* to_cols);
+  void (*add_gradients)(const Tile&, int64_t d, Block<T> x, Block<T> y, const Scratch<T>&, T* to_rows, T* to_cols);
 };
 
 }  // namespace pairloss

@@ -51,15 +51,15 @@ struct Blocked {
   }
 
   // C [m, n] = X Y^T, from the packed blocks, or from the rows of X where they are read as they are.
-  static void scores(int64_t m, int64_t n, int64_t d, const T* rows, const T* x, int, const T* y, int roles_y, T* c, int64_t stride_c, T*) {
-    product<false>(m, n, factors(d), F::ROUNDS ? x : rows, factors(d), y + place(n, d, roles_y, RIGHT), c, stride_c, false);
+  static void scores(int64_t m, int64_t n, int64_t d, const T* rows, Block<T> x, Block<T> y, T* c, int64_t stride_c, T*) {
+    product<false>(m, n, factors(d), F::ROUNDS ? x.data : rows, factors(d), y.data + place(n, d, y.roles, RIGHT), c, stride_c, false);
   }
 
   // Where they are not null: to_rows [rows, d] += W Y and to_cols [cols, d] += W^T X, with W [rows, cols]. `memory` of operands_size.
-  static void add(int64_t rows, int64_t cols, int64_t d, const T* w, int64_t stride, const T* x, int roles_x, const T* y, int roles_y,
-      T* to_rows, T* to_cols, T* memory) {
-    if (to_rows) add<false>(rows, d, cols, w, stride, y + place(cols, d, roles_y, WEIGHTED), to_rows, memory);
-    if (to_cols) add<true>(cols, d, rows, w, stride, x + place(rows, d, roles_x, WEIGHTED), to_cols, memory);
+  static void add(int64_t rows, int64_t cols, int64_t d, const T* w, int64_t stride, Block<T> x, Block<T> y, T* to_rows, T* to_cols,
+      T* memory) {
+    if (to_rows) add<false>(rows, d, cols, w, stride, y.data + place(cols, d, y.roles, WEIGHTED), to_rows, memory);
+    if (to_cols) add<true>(cols, d, rows, w, stride, x.data + place(rows, d, x.roles, WEIGHTED), to_cols, memory);
   }
 
  private:
