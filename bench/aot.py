@@ -64,7 +64,7 @@ def launches(arch: int, dtype: torch.dtype, d: int, modes: Iterable[str]) -> Ite
     """Every kernel that the modes run for rows of d columns."""
     n = 512
     x, y, ids = torch.zeros(n, d), torch.zeros(n, d), torch.zeros(n, dtype=torch.int64)
-    everything = Call(x, None, None, None, 0, None, None, dtype, logit_bound=20.0)
+    everything = Call(x, None, None, None, None, 0, None, None, dtype, logit_bound=20.0)
     calls = {
         "all": everything,
         "ids": replace(everything, ids_x=ids),

@@ -29,6 +29,10 @@ def label_order_pays(call: Call) -> bool:
     return min(call.x.shape[0], call.candidates.shape[0]) >= (LABEL_ORDER_ROWS if tile is None else LABEL_ORDER_TILES * tile)
 
 
+def arranges(call: Call) -> bool:
+    return False
+
+
 def row_stats_fwd(call: Call) -> Statistics:
     from . import launch
 
@@ -47,7 +51,7 @@ def pair_sum_fwd_bwd(call: Call, over: str, term: str, with_sums: bool, weights:
     from . import launch
 
     sums = launch.pair_sum_fwd(call, over, term) if with_sums else None
-    return sums, [None] * 4 if weights is None else launch.pair_sum_bwd(call, over, term, weights, needs)
+    return sums, [None] * 5 if weights is None else launch.pair_sum_bwd(call, over, term, weights, needs)
 
 
 def _missing_triton() -> str | None:

@@ -108,11 +108,12 @@ def _grads(
     x, y = _sides(call)
     x = x._replace(weights=row_weights)
     y = x if call.symmetric else y._replace(weights=col_weights)
-    dx, drow_bias = _side_grads(call, form, x, y, call.self_offset, needs[0], needs[2], unscale)
-    to_y, to_col_bias = (not call.symmetric and need for need in (needs[1], needs[3]))
+    to_x, to_y, _, to_row_bias, to_col_bias = needs
+    dx, drow_bias = _side_grads(call, form, x, y, call.self_offset, to_x, to_row_bias, unscale)
+    to_y, to_col_bias = (not call.symmetric and need for need in (to_y, to_col_bias))
     offset = None if call.self_offset is None else -call.self_offset
     dy, dcol_bias = _side_grads(call, form, y, x, offset, to_y, to_col_bias, unscale)
-    return [dx, dy, drow_bias, dcol_bias]
+    return [dx, dy, None, drow_bias, dcol_bias]
 
 
 def _side_grads(

@@ -6,6 +6,7 @@ class Call:
         *,
         is_double: bool,
         bfloat16: bool,
+        half: bool,
         symmetric: bool,
         has_ids: bool,
         n: int,
@@ -13,6 +14,9 @@ class Call:
         d: int,
         x: int,
         y: int,
+        order_x: int,
+        order_y: int,
+        norm: float | None,
         ids_x: int,
         ids_y: int,
         words: int,
@@ -30,7 +34,16 @@ class Call:
 
 def row_stats(call: Call, row_logs: int, row_sums: int, col_logs: int, col_sums: int) -> None: ...
 def row_stats_backward(
-    call: Call, row_sums: int, row_grads: int, col_sums: int, col_grads: int, dx: int, dy: int, drow_bias: int, dcol_bias: int
+    call: Call,
+    row_sums: int,
+    row_grads: int,
+    col_sums: int,
+    col_grads: int,
+    dx: int,
+    dy: int,
+    dnorm: int,
+    drow_bias: int,
+    dcol_bias: int,
 ) -> None: ...
 def pair_sum(
     call: Call,
@@ -40,6 +53,7 @@ def pair_sum(
     weights: int,
     dx: int,
     dy: int,
+    dnorm: int,
     drow_bias: int,
     dcol_bias: int,
 ) -> None: ...

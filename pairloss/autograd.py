@@ -4,7 +4,6 @@ Each op has a backward op, and a torch.autograd.Function ties the two together: 
 torch.func (docs/design.md). The engine is chosen inside the op: at trace time, torch.compile would guard N and recompile.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,16 +11,18 @@ import torch
 from torch import Tensor
 
 from . import engines, selection
-from .engines import Call
-from .order import LabelOrder
+from .binding import positional
+from .engines import Call, statistics_dtype
+from .order import Arrangement
 from .reference import without_silent
 
 _library = torch.library.Library("pairloss", "DEF")
 
 # Which pairs are compared.
-_PAIRS = "Tensor x, Tensor? y, Tensor? ids_x, Tensor? ids_y, int? self_offset, Tensor? row_bias, Tensor? col_bias, ScalarType product_dtype"
+_ROWS = "Tensor x, Tensor? y, Tensor? norm"
+_PAIRS = f"{_ROWS}, Tensor? ids_x, Tensor? ids_y, int? self_offset, Tensor? row_bias, Tensor? col_bias, ScalarType product_dtype"
 NUM_PAIRS = _PAIRS.count(",") + 1
-DIFFERENTIABLE = (0, 1, 5, 6)  # x, y, row_bias, col_bias
+DIFFERENTIABLE = (0, 1, 2, 6, 7)  # x, y, norm, row_bias, col_bias
 # And how, in the order of Call's fields.
 _ROW_STATS = f"{_PAIRS}, Tensor? cutoff, str score, float m, float gamma, bool both_sides, float logit_bound, str? backend"
 _PAIR_SUM = f"{_PAIRS}, str over, str term, str? backend"
@@ -45,10 +46,11 @@ def _row_stats(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = Call(*call_args)
     engine = engines.choose(call, backend)
     with engines.without_autocast(call.x):
-        order = LabelOrder(call, engine)
-        rows, cols, row_sums, col_sums = engine.row_stats_fwd(order.call)
-        rows, row_sums = order.unordered_rows(rows, 1), order.unordered_rows(row_sums, 2)
-        return rows, order.unordered_cols(cols, 1), row_sums, order.unordered_cols(col_sums, 2)
+        arranged = Arrangement(call, engine)
+        rows, cols, row_sums, col_sums = engine.row_stats_fwd(arranged.call)
+        if arranged.poison is not None:
+            rows = rows + arranged.poison
+        return arranged.from_rows(rows), arranged.from_cols(cols), arranged.from_rows(row_sums), arranged.from_cols(col_sums)
 
 
 def _row_stats_backward(*args: Any) -> list[Tensor]:
@@ -56,14 +58,14 @@ def _row_stats_backward(*args: Any) -> list[Tensor]:
     call = Call(*call_args)
     engine = engines.choose(call, backend)
     with engines.without_autocast(call.x):
-        order = LabelOrder(call, engine)
-        of_rows, of_cols = map(order.rows, (row_sums, row_grads)), map(order.cols, (col_sums, col_grads))
-        grads = engine.row_stats_bwd(order.call, *of_rows, *of_cols, needs)
-        return _needed(order.unordered_grads(*grads), needs)
+        arranged = Arrangement(call, engine)
+        of_rows, of_cols = map(arranged.rows, (row_sums, row_grads)), map(arranged.cols, (col_sums, col_grads))
+        grads = engine.row_stats_bwd(arranged.call, *of_rows, *of_cols, arranged.needs(needs))
+        return _needed(arranged.from_grads(*grads), needs)
 
 
 def _pair_sum(*args: Any) -> Tensor:
-    return _pair_sum_call(args, True, None, [False] * 4)[0]
+    return _pair_sum_call(args, True, None, [False] * len(DIFFERENTIABLE))[0]
 
 
 def _pair_sum_backward(*args: Any) -> list[Tensor]:
@@ -81,9 +83,10 @@ def _pair_sum_call(args: Any, with_sums: bool, weights: Tensor | None, needs: li
     call = Call(*pairs)
     engine = engines.choose(call, backend)
     with engines.without_autocast(call.x):
-        order = LabelOrder(call, engine)
-        sums, grads = engine.pair_sum_fwd_bwd(order.call, over, term, with_sums, None if weights is None else order.rows(weights), needs)
-        return order.unordered_rows(sums, 0), _needed(order.unordered_grads(*grads), needs)
+        arranged = Arrangement(call, engine)
+        weights = None if weights is None else arranged.rows(weights)
+        sums, grads = engine.pair_sum_fwd_bwd(arranged.call, over, term, with_sums, weights, arranged.needs(needs))
+        return arranged.from_rows(sums), _needed(arranged.from_grads(*grads), needs)
 
 
 def _top_k(*args: Any) -> Tensor:
@@ -99,10 +102,15 @@ def _needed(grads: list[Tensor | None], needs: list[bool]) -> list[Tensor]:
 
 def _row_stats_fake(*args: Any) -> tuple[Tensor, ...]:
     call = Call(*args[:-1])
-    n, m = call.x.shape[0], call.candidates.shape[0] if call.both_sides else 0
+    n, m, dtype = call.x.shape[0], call.candidates.shape[0] if call.both_sides else 0, call.dtype
     return tuple(
-        call.x.new_empty(shape) for shape in ((call.num_sets, n), (call.num_sets, m), (2, call.num_sets, n), (2, call.num_sets, m))
+        call.x.new_empty(shape, dtype=dtype)
+        for shape in ((call.num_sets, n), (call.num_sets, m), (2, call.num_sets, n), (2, call.num_sets, m))
     )
+
+
+def _sums_fake(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=statistics_dtype(x))
 
 
 def _fake_grads(inputs: list[Tensor], needs: list[bool]) -> list[Tensor]:
@@ -116,9 +124,9 @@ def _fake_backward(*args: Any) -> list[Tensor]:
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "row_stats": (_row_stats, _row_stats_fake),
     "row_stats_backward": (_row_stats_backward, _fake_backward),
-    "pair_sum": (_pair_sum, lambda x, *_: x.new_empty(x.shape[0])),
+    "pair_sum": (_pair_sum, _sums_fake),
     "pair_sum_backward": (_pair_sum_backward, _fake_backward),
-    "pair_sum_with_grads": (_pair_sum_with_grads, lambda x, *args: (x.new_empty(x.shape[0]), _fake_backward(x, *args))),
+    "pair_sum_with_grads": (_pair_sum_with_grads, lambda *args: (_sums_fake(*args), _fake_backward(*args))),
     "top_k": (_top_k, lambda *args: args[0].new_empty(args[0].shape[0], args[-1], dtype=torch.int32)),
     "selected_products": (selection.products, lambda x, y, index, _: x.new_empty(index.shape)),
     "selected_products_backward": (selection.products_backward, lambda *args: _fake_grads([args[0], args[1]], args[-1])),
@@ -151,37 +159,18 @@ def _backward(ctx: Any, op: Any, differentiable: tuple[int, ...], args: list[Any
     return tuple(result)
 
 
-class _AllGiven(inspect.BoundArguments):
-    args = property(lambda self: tuple(self.arguments.values()))
-    kwargs = property(lambda self: {})
-
-    def apply_defaults(self) -> None:
-        pass
-
-
-class _Positional(inspect.Signature):
-    def bind(self, *args: Any) -> _AllGiven:
-        return _AllGiven(self, dict(zip(self.parameters, args, strict=True)))
-
-
-def positional(forward: Any) -> Any:
-    """torch binds the arguments of a Function to the signature of its forward at every call, which takes as long as five small operations.
-    Ours are all given, by position: there is nothing to bind."""
-    forward.__signature__ = _Positional(list(inspect.signature(forward).parameters.values()))
-    return forward
-
-
 # Each parameter by name: dynamo takes *args for a forward with ctx and fails where nothing requires a gradient.
 class RowStats(torch.autograd.Function):
     @staticmethod
     @positional
     def forward(
-        x: Tensor, y: Any, ids_x: Any, ids_y: Any, self_offset: Any, row_bias: Any, col_bias: Any, product_dtype: torch.dtype,
+        x: Tensor, y: Any, norm: Any, ids_x: Any, ids_y: Any, self_offset: Any, row_bias: Any, col_bias: Any, product_dtype: torch.dtype,
         cutoff: Any, score: str, m: float, gamma: float, both_sides: bool, logit_bound: float, backend: Any,
     ) -> Any:  # fmt: skip
         return torch.ops.pairloss.row_stats(
-            x, y, ids_x, ids_y, self_offset, row_bias, col_bias, product_dtype, cutoff, score, m, gamma, both_sides, logit_bound, backend
-        )
+            x, y, norm, ids_x, ids_y, self_offset, row_bias, col_bias, product_dtype,
+            cutoff, score, m, gamma, both_sides, logit_bound, backend,
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -199,10 +188,10 @@ class PairSum(torch.autograd.Function):
     @staticmethod
     @positional
     def forward(
-        x: Tensor, y: Any, ids_x: Any, ids_y: Any, self_offset: Any, row_bias: Any, col_bias: Any, product_dtype: torch.dtype,
+        x: Tensor, y: Any, norm: Any, ids_x: Any, ids_y: Any, self_offset: Any, row_bias: Any, col_bias: Any, product_dtype: torch.dtype,
         over: str, term: str, backend: Any,
     ) -> Any:  # fmt: skip
-        return torch.ops.pairloss.pair_sum(x, y, ids_x, ids_y, self_offset, row_bias, col_bias, product_dtype, over, term, backend)
+        return torch.ops.pairloss.pair_sum(x, y, norm, ids_x, ids_y, self_offset, row_bias, col_bias, product_dtype, over, term, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -219,10 +208,10 @@ class PairTotal(torch.autograd.Function):
     @staticmethod
     @positional
     def forward(
-        x: Tensor, y: Any, ids_x: Any, ids_y: Any, self_offset: Any, row_bias: Any, col_bias: Any, product_dtype: torch.dtype,
+        x: Tensor, y: Any, norm: Any, ids_x: Any, ids_y: Any, self_offset: Any, row_bias: Any, col_bias: Any, product_dtype: torch.dtype,
         over: str, term: str, backend: Any, weights: Tensor, needs: list[bool],
     ) -> Any:  # fmt: skip
-        pairs = (x, y, ids_x, ids_y, self_offset, row_bias, col_bias, product_dtype)
+        pairs = (x, y, norm, ids_x, ids_y, self_offset, row_bias, col_bias, product_dtype)
         sums, grads = torch.ops.pairloss.pair_sum_with_grads(*pairs, over, term, backend, weights, needs)
         sums = without_silent(sums, weights)
         return (weights * sums).sum(), sums, *grads

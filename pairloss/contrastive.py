@@ -86,7 +86,7 @@ def contrastive(
     tau = checks.temperature("tau", tau, query, dtype)
 
     keys = key if negative_keys is None else torch.cat([key, negative_keys.flatten(0, -2)])
-    rows = prepare(real_view(query), real_view(keys), tau, metric, None, None)
+    rows = prepare(real_view(query), real_view(keys), tau, metric, None, None).normalised()
     assert rows.y is not None
     own, others = rows.y[: query.shape[0]], rows.y[query.shape[0] :]
     key_bias, negative_bias = (None if bias is None else bias.to(dtype) for bias in (key_bias, negative_bias))
@@ -159,7 +159,7 @@ def simple_contrastive(
     checks.options(lam=lam, top_k=top_k, reduction=reduction, backend=backend)
     checks.similarity(metric)
     checks.paired("query", query, "key", key, None, weight)
-    rows = prepare(real_view(query), real_view(key), 1.0, metric, None, None)
+    rows = prepare(real_view(query), real_view(key), 1.0, metric, None, None).normalised()
     assert rows.y is not None
     pos = rows.products(rows.y)
     if top_k is None or top_k >= ranks.count(query.shape[0]) - 1:
@@ -238,7 +238,7 @@ def nt_xent(
 
     item = torch.arange(view_a.shape[0], device=view_a.device) + ranks.first(view_a.shape[0]) if ids is None else ids.long()
     both = item.repeat(2)
-    rows = prepare(real_view(torch.cat([view_a, view_b])), None, tau, metric, None, None)
+    rows = prepare(real_view(torch.cat([view_a, view_b])), None, tau, metric, None, None).normalised()
     pos = rows.products(rows.x.roll(view_a.shape[0], 0))
     neg = _hard_log_sum(rows, both, beta, backend) if beta else rows.row_stats(both, None, 0, backend=backend)[0][1]
     none = neg == -torch.inf if decoupled else None

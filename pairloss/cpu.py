@@ -40,12 +40,18 @@ def label_order_pays(call: Call) -> bool:
     return min(call.x.shape[0], call.candidates.shape[0]) >= LABEL_ORDER_TILES * tile
 
 
+def arranges(call: Call) -> bool:
+    """C++ normalises and rounds rows while it packs them, but knows only one kind of half."""
+    return call.norm is None or (call.x.dtype in (call.dtype, torch.bfloat16) and (call.product_dtype == call.dtype or _in_bfloat16(call)))
+
+
 def row_stats_fwd(call: Call) -> Statistics:
     arguments, sets, n, m = _Arguments(call), call.num_sets, call.x.shape[0], call.candidates.shape[0] if call.both_sides else 0
-    result = call.x.new_empty(sets, n), call.x.new_empty(sets, m), call.x.new_empty(2, sets, n), call.x.new_empty(2, sets, m)
-    rows, cols, row_sums, col_sums = map(_address, result)
-    _cpu.row_stats(arguments.call, rows, row_sums, *((cols, col_sums) if call.both_sides else (0, 0)))
-    return result
+    shapes = (sets, n), (sets, m), (2, sets, n), (2, sets, m)
+    rows, cols, row_sums, col_sums = (call.x.new_empty(shape, dtype=call.dtype) for shape in shapes)
+    to_cols = (cols, col_sums) if call.both_sides else (None, None)
+    _cpu.row_stats(arguments.call, *map(_address, (rows, row_sums, *to_cols)))
+    return rows, cols, row_sums, col_sums
 
 
 def row_stats_bwd(
@@ -60,7 +66,7 @@ def row_stats_bwd(
 
 def pair_sum_fwd_bwd(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> SumsAndGrads:
     arguments, grads = _Arguments(call), zero_grads(call, needs)
-    sums = call.x.new_zeros(call.x.shape[0]) if with_sums else None
+    sums = call.x.new_zeros(call.x.shape[0], dtype=call.dtype) if with_sums else None
     weights = None if weights is None else weights.contiguous()
     _cpu.pair_sum(arguments.call, over == "positives", term == "softplus", *map(_address, (sums, weights, *grads)))
     return sums, grads
@@ -70,14 +76,14 @@ class _Arguments:
     """The call for C++, and the tensors that it points into."""
 
     def __init__(self, call: Call) -> None:
-        dtype = call.x.dtype if _in_bfloat16(call) else call.product_dtype
-        rows = [None if v is None else v.to(dtype).to(call.x.dtype).contiguous() for v in (call.x, call.y)]
-        vectors = [None if v is None else v.contiguous() for v in (call.ids_x, call.ids_y, call.row_bias, call.col_bias)]
-        self.tensors = rows + vectors
-        x, y, ids_x, ids_y, row_bias, col_bias = map(_address, self.tensors)
+        rows = [None if v is None else self._rows(call, v) for v in (call.x, call.y)]
+        vectors = (call.order_x, call.order_y, call.ids_x, call.ids_y, call.row_bias, call.col_bias)
+        self.tensors = rows + [None if v is None else v.contiguous() for v in vectors]
+        x, y, order_x, order_y, ids_x, ids_y, row_bias, col_bias = map(_address, self.tensors)
         self.call = _cpu.Call(
             is_double=call.x.dtype == torch.float64,
             bfloat16=_in_bfloat16(call),
+            half=call.x.dtype == torch.bfloat16,
             symmetric=call.symmetric,
             has_ids=call.ids_x is not None,
             n=call.x.shape[0],
@@ -85,6 +91,9 @@ class _Arguments:
             d=call.x.shape[1],
             x=x,
             y=y,
+            order_x=order_x,
+            order_y=order_y,
+            norm=None if call.norm is None else call.norm.item(),
             ids_x=ids_x,
             ids_y=ids_y,
             words=0 if call.ids_x is None or call.ids_x.ndim == 1 else call.ids_x.shape[1],
@@ -100,10 +109,15 @@ class _Arguments:
             threads=torch.get_num_threads(),
         )
 
+    @staticmethod
+    def _rows(call: Call, rows: Tensor) -> Tensor:
+        if call.norm is None and not _in_bfloat16(call):
+            rows = rows.to(call.product_dtype).to(call.dtype)
+        return rows.contiguous()
+
 
 def _in_bfloat16(call: Call) -> bool:
-    """C++ rounds the rows while it packs them."""
-    return call.x.dtype == torch.float32 and call.product_dtype == torch.bfloat16
+    return call.dtype == torch.float32 and call.product_dtype == torch.bfloat16
 
 
 def _address(tensor: Tensor | None) -> int:

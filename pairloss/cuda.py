@@ -61,6 +61,10 @@ def label_order_pays(call: Call) -> bool:
     return min(call.x.shape[0], call.candidates.shape[0]) >= (LABEL_ORDER_TILES * tile.rows if tile_size(0) else LABEL_ORDER_ROWS)
 
 
+def arranges(call: Call) -> bool:
+    return False
+
+
 def row_stats_fwd(call: Call) -> Statistics:
     n, m, sets, tile = call.x.shape[0], call.candidates.shape[0], call.num_sets, _Tile.of(call)
     if n == 0 or m == 0:
@@ -91,7 +95,7 @@ def row_stats_bwd(
 def pair_sum_fwd_bwd(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> SumsAndGrads:
     form = _Form(term, SETS.index(over))
     if weights is None:
-        weights, needs = call.x.new_zeros(call.x.shape[0]), [False] * 4
+        weights, needs = call.x.new_zeros(call.x.shape[0]), [False] * 5
     scale = operands.scale(1.0, weights)
     return _grads(call, form, weights * scale, None, scale, needs, with_sums)
 
@@ -130,11 +134,12 @@ def _grads(
     x, y = _sides(call, tile)
     x = x._replace(weights=row_weights.contiguous())
     y = x if call.symmetric else y._replace(weights=None if col_weights is None else col_weights.contiguous())
-    dx, drow_bias, sums = _side_grads(call, form, tile, x, y, call.self_offset, needs[0], needs[2], with_sums)
-    to_y, to_col_bias = (not call.symmetric and need for need in (needs[1], needs[3]))
+    to_x, to_y, _, to_row_bias, to_col_bias = needs
+    dx, drow_bias, sums = _side_grads(call, form, tile, x, y, call.self_offset, to_x, to_row_bias, with_sums)
+    to_y, to_col_bias = (not call.symmetric and need for need in (to_y, to_col_bias))
     offset = None if call.self_offset is None else -call.self_offset
     dy, dcol_bias, _ = _side_grads(call, form, tile, y, x, offset, to_y, to_col_bias, False)
-    return sums, [None if grad is None else grad / scale for grad in (dx, dy, drow_bias, dcol_bias)]
+    return sums, [None if grad is None else grad / scale for grad in (dx, dy, None, drow_bias, dcol_bias)]
 
 
 def _side_grads(

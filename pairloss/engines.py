@@ -1,17 +1,19 @@
 """The table of engines and the one place that chooses between them.
 
-An engine is a module with five functions; a new one is that module and a line in ENGINES:
+An engine is a module with six functions; a new one is that module and a line in ENGINES:
 
     why_not(call) -> str | None                                why it can't run this call, None if it can
     label_order_pays(call) -> bool                             whether rows sorted by label make it faster
+    arranges(call) -> bool                                     whether it normalises and sorts the rows by itself: else call.norm is None,
+                                                               and so are the orders and dnorm
     row_stats_fwd(call)                                        sum of exp(z) over each set of each row (column), and its logarithm
         -> (rows, cols, row_sums, col_sums)
     row_stats_bwd(call, row_sums, row_grads, col_sums,         from A_ij = the weight of the pair's set in row i (and in column j),
         col_grads, needs)                                      its grad over its sum, times exp(z_ij); None where needs says so
-        -> [dx, dy, drow_bias, dcol_bias]
+        -> [dx, dy, dnorm, drow_bias, dcol_bias]
     pair_sum_fwd_bwd(call, over, term, with_sums,              sum of term(z) over one set of each row, None unless with_sums; and
         weights, needs)                                        with weights [N], which may be None, from W_ij = weights_i term'(z_ij)
-        -> (sums [N], [dx, dy, drow_bias, dcol_bias])
+        -> (sums [N], [dx, dy, dnorm, drow_bias, dcol_bias])
 
 In row_stats sums are [2, K, N] (columns: [2, K, M], M = 0 without both_sides): the sum is s e^m, a weight g e^-m likewise. The pair
 spans any temperature, and unlike a rounded logarithm of the sum it gives weights that add up to 1. An empty set has the sum
@@ -57,6 +59,7 @@ class Call:
 
     x: Tensor
     y: Tensor | None
+    norm: Tensor | None
     ids_x: Tensor | None
     ids_y: Tensor | None
     self_offset: int | None
@@ -69,6 +72,9 @@ class Call:
     gamma: float = 1.0
     both_sides: bool = False
     logit_bound: float = math.inf
+    # Which row of x, and of y, the anchors and candidates are, whose biases and ids come in this order; None: the rows as they come.
+    order_x: Tensor | None = None
+    order_y: Tensor | None = None
 
     @property
     def symmetric(self) -> bool:
@@ -83,9 +89,18 @@ class Call:
         return self.ids_x if self.y is None else self.ids_y
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of statistics and biases."""
+        return statistics_dtype(self.x)
+
+    @property
     def num_sets(self) -> int:
         """2 with ids (positives, negatives), 1 without (everything)."""
         return 1 if self.ids_x is None else 2
+
+
+def statistics_dtype(rows: Tensor) -> torch.dtype:
+    return torch.promote_types(rows.dtype, torch.float32)
 
 
 def tile_size(default: int) -> int:
@@ -115,8 +130,8 @@ def weights_of(sums: Tensor, grad: Tensor) -> Tensor:
 
 
 def zero_grads(call: Call, needs: list[bool]) -> list[Tensor | None]:
-    """Of x, y, row_bias and col_bias, where they are wanted."""
-    inputs = (call.x, call.y, call.row_bias, call.col_bias)
+    """Of x, y, norm, row_bias and col_bias, where they are wanted."""
+    inputs = (call.x, call.y, call.norm, call.row_bias, call.col_bias)
     return [
         torch.zeros_like(v, memory_format=torch.contiguous_format) if need and v is not None else None
         for v, need in zip(inputs, needs, strict=True)

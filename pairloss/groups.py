@@ -11,6 +11,7 @@ def positives(rows: Rows, ids: Tensor, ref_ids: Tensor | None, backend: str | No
 
     Multi-hot ids need a pass over pairs for each; equal labels have class sums.
     """
+    rows = rows.normalised()
     n, itself = rows.x.shape[0], rows.y is None
     if ids.ndim > 1:
 

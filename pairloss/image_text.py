@@ -62,7 +62,7 @@ def clip(
     if label_smoothing and ids is not None:
         raise ValueError(f"label_smoothing: expected 0 with ids, whose copies it would spread weight on, got {label_smoothing}")
     logit_scale = checks.temperature("logit_scale", logit_scale, image, loss_dtype(image))
-    rows = prepare(real_view(image), real_view(text), 1 / logit_scale, metric, None, None)
+    rows = prepare(real_view(image), real_view(text), 1 / logit_scale, metric, None, None).normalised()
     assert rows.y is not None
     pos = rows.products(rows.y)
     neg_image, neg_text = Candidates(rows, ids, ids, 0, None, backend).log_sums(both_sides=True)
@@ -129,7 +129,7 @@ def siglip(
     dtype = loss_dtype(image)
     logit_scale = checks.temperature("logit_scale", logit_scale, image, dtype)
     logit_bias = checks.scalar("logit_bias", logit_bias, image, dtype)
-    rows = prepare(real_view(image), real_view(text), 1 / logit_scale, metric, None, None)
+    rows = prepare(real_view(image), real_view(text), 1 / logit_scale, metric, None, None).normalised()
     assert rows.y is not None
     bias = torch.as_tensor(logit_bias, dtype=dtype, device=image.device)
     positives = anchors.softplus(-bias - rows.products(rows.y))

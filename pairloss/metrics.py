@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from . import anchors, checks, groups, ranks
-from .prepare import loss_dtype, prepare, real_view, unit
+from .prepare import loss_dtype, prepare, real_view
 from .reference import masked_logsumexp
+from .unit import unit
 
 
 def uniformity(x: Tensor, t: float = 2.0, *, metric: str = "cosine", backend: str | None = None) -> Tensor:
@@ -119,7 +120,7 @@ def tolerance(
     checks.similarity(metric)
     checks.features("features", features)
     checks.labels("labels", labels, features, multi_hot=False)
-    rows, n = prepare(real_view(features), None, 1.0, metric, None, None), ranks.count(features.shape[0])
+    rows, n = prepare(real_view(features), None, 1.0, metric, None, None).normalised(), ranks.count(features.shape[0])
     total, _ = groups.positives(rows, labels.long(), None, None)
     if include_self:
         return ranks.total((total + rows.products(rows.x)).sum()) / n**2

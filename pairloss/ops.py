@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import engines, over_ranks, ranks, reference
 from .autograd import PairSum, PairTotal, RowStats, SelectedProducts
-from .engines import Call
+from .engines import Call, statistics_dtype
+from .unit import unit
 
 SCORES = ("linear", "circle")
 OVER = ("positives", "negatives")
@@ -31,6 +32,7 @@ def row_stats(
     col_bias: Tensor | None = None,
     cutoff: Tensor | None = None,
     *,
+    norm: Tensor | None = None,
     score: str = "linear",
     m: float = 0.0,
     gamma: float = 1.0,
@@ -50,13 +52,15 @@ def row_stats(
     -inf, in whose gradient there is no NaN. A bias of -inf takes a row out of every set (its features must be finite).
 
     Args:
-        x: anchors [N, D], float32 or float64.
+        x: anchors [N, D], float32 or float64; with norm also float16 or bfloat16.
         y: candidates [M, D]; None compares x with itself, which costs about half.
         ids_x, ids_y: integer ids [N] and [M], or multi-hot words [N, W] and [M, W] of int64 (positive = a common bit).
             None: all candidates form one set. With y=None, ids_y stays None.
         self_offset: candidate ``self_offset + i`` is left out for anchor i; None leaves none out. 0 or None with y=None.
         row_bias, col_bias: [N] and [M]. With y=None, row_bias counts on both sides and col_bias stays None.
         cutoff: 0-dim, no gradient; a negative (without ids: any pair) with s_ij below it is in no set. "linear" only.
+        norm: 0-dim, in the dtype of the result: every row is scaled to this norm first, x_i norm / \|x_i\|. A row shorter than 1e-12
+            becomes the zero row, with gradient 0; one that is not finite has NaN statistics.
         score: "linear", z = s; or "circle" (with ids), z = -gamma relu(1 + m - s) (s - 1 + m) of positives and
             gamma relu(s + m) (s - m) of negatives, with the relu held constant in the derivative.
         m, gamma: the circle's margin and scale.
@@ -66,7 +70,8 @@ def row_stats(
         backend: "reference", "cpu", "torch", "triton" or None for the best that can run.
 
     Returns:
-        rows [K, N] and cols [K, M] (M = 0 without both_sides) in x.dtype; K = 2 (pos, neg) with ids, 1 without.
+        rows [K, N] and cols [K, M] (M = 0 without both_sides), float64 for float64 rows, else float32. K = 2 (pos, neg) with ids, 1
+        without.
 
     Raises:
         ValueError, RuntimeError: arguments that don't fit together; a backend that can't run.
@@ -74,20 +79,25 @@ def row_stats(
     Deterministic: the same input on the same engine gives the same bits.
     """
     backend = _backend(backend)
-    _check(x, y, ids_x, ids_y, self_offset, row_bias, col_bias)
+    product_dtype = product_dtype or x.dtype
+    _check(x, y, norm, ids_x, ids_y, self_offset, row_bias, col_bias)
     if y is None and (col_bias is not None or both_sides):
         raise ValueError("y=None: expected col_bias=None and both_sides=False")
     if score not in SCORES:
         raise ValueError(f"score: expected one of {SCORES}, got {score!r}")
     if score == "circle" and (ids_x is None or cutoff is not None):
         raise ValueError("score='circle': expected ids_x and cutoff=None")
-    pairs = (x, y, *_int64(ids_x, ids_y), self_offset, row_bias, col_bias, product_dtype or x.dtype)
+    x, y, norm_of_engine = _normalised(x, y, norm, backend)
+    pairs = (x, y, norm_of_engine, *_int64(ids_x, ids_y), self_offset, row_bias, col_bias, product_dtype)
     how = (cutoff, score, m, gamma, both_sides, logit_bound)
     if backend == engines.REFERENCE:
-        return reference.row_stats(Call(*pairs, *how))
-    if (spread := ranks.current()) is not None:
-        return over_ranks.row_stats(spread, *pairs, *how, backend)
-    rows, cols, _, _ = RowStats.apply(*pairs, *how, backend)
+        rows, cols = reference.row_stats(Call(*pairs, *how))
+    elif (spread := ranks.current()) is not None:
+        rows, cols = over_ranks.row_stats(spread, *pairs, *how, backend)
+    else:
+        rows, cols, _, _ = RowStats.apply(*pairs, *how, backend)
+    if norm is not norm_of_engine:
+        rows = rows + x.detach()[:, 0] * 0  # what is NaN in one column is in all
     return rows, cols
 
 
@@ -100,6 +110,7 @@ def pair_sum(
     row_bias: Tensor | None = None,
     col_bias: Tensor | None = None,
     *,
+    norm: Tensor | None = None,
     over: str,
     term: str = "softplus",
     weights: Tensor | None = None,
@@ -118,15 +129,16 @@ def pair_sum(
         x, y, ids_x, ids_y, self_offset: as in :func:`row_stats`.
         row_bias, col_bias: [N] and [M]. With y=None, row_bias counts for the anchor only (z_ij is not z_ji), and col_bias stays
             None. +inf over positives and -inf over negatives give 0, in value and gradient.
+        norm: as in :func:`row_stats`.
         over: "positives" (with ids) or "negatives".
         term: "softplus", the logarithms above, or "linear", the sum of z_ij itself (finite logits only).
-        weights: [N] in x.dtype, to get sum_i weights_i sum_i. Its gradient is formed in the forward pass, which spares the backward pass
-            a product of all pairs, and held until then: the memory of x and y. (Where there is no backward pass, torch.no_grad() spares
-            forming it.) A weight of 0 silences an infinite sum.
+        weights: [N] in the dtype of the result, to get sum_i weights_i sum_i. Its gradient is formed in the forward pass, which spares the
+            backward pass a product of all pairs, and held until then: the memory of x and y. (Where there is no backward pass,
+            torch.no_grad() spares forming it.) A weight of 0 silences an infinite sum.
         product_dtype, backend: as in :func:`row_stats`.
 
     Returns:
-        [N] in x.dtype, 0 for an empty set; with weights, 0-dim.
+        [N], float64 for float64 rows, else float32, 0 for an empty set; with weights, 0-dim.
 
     Raises:
         ValueError, RuntimeError: arguments that don't fit together; a backend that can't run.
@@ -134,26 +146,29 @@ def pair_sum(
     Deterministic: the same input on the same engine gives the same bits.
     """
     backend = _backend(backend)
-    _check(x, y, ids_x, ids_y, self_offset, row_bias, col_bias)
+    product_dtype = product_dtype or x.dtype
+    _check(x, y, norm, ids_x, ids_y, self_offset, row_bias, col_bias)
     if y is None and col_bias is not None:
         raise ValueError("y=None: expected col_bias=None")
     if over not in OVER or (over == "positives" and ids_x is None):
         raise ValueError(f"over: expected one of {OVER}, 'positives' with ids_x, got {over!r}")
     if term not in TERMS:
         raise ValueError(f"term: expected one of {TERMS}, got {term!r}")
-    pairs = (x, y, *_int64(ids_x, ids_y), self_offset, row_bias, col_bias, product_dtype or x.dtype)
+    spread = ranks.current()
+    x, y, norm = _normalised(x, y, norm, backend)
+    pairs = (x, y, norm, *_int64(ids_x, ids_y), self_offset, row_bias, col_bias, product_dtype)
     if weights is None:
         if backend == engines.REFERENCE:
             return reference.pair_sum(Call(*pairs), over, term)
-        if (spread := ranks.current()) is not None:
+        if spread is not None:
             return over_ranks.pair_sum(spread, *pairs, over, term, backend)
         return PairSum.apply(*pairs, over, term, backend)
-    if weights.shape != x.shape[:1] or weights.dtype != x.dtype:
-        raise ValueError(f"weights: expected {x.dtype} of shape [{x.shape[0]}], got {weights.dtype} {list(weights.shape)}")
+    if weights.shape != x.shape[:1] or weights.dtype != statistics_dtype(x):
+        raise ValueError(f"weights: expected {statistics_dtype(x)} of shape [{x.shape[0]}], got {weights.dtype} {list(weights.shape)}")
     if backend == engines.REFERENCE:
         return (weights * reference.without_silent(reference.pair_sum(Call(*pairs), over, term), weights)).sum()
-    needs = [torch.is_grad_enabled() and v is not None and v.requires_grad for v in (x, y, row_bias, col_bias)]
-    if (spread := ranks.current()) is not None:
+    needs = [torch.is_grad_enabled() and v is not None and v.requires_grad for v in (x, y, norm, row_bias, col_bias)]
+    if spread is not None:
         return ranks.total(over_ranks.pair_total(spread, *pairs, over, term, backend, weights, needs))
     return PairTotal.apply(*pairs, over, term, backend, weights, needs)[0]
 
@@ -184,9 +199,9 @@ def top_k(
         int32 [N, k], by decreasing product; -1 where N(i) has fewer.
     """
     backend = _backend(backend)
-    _check(x, y, ids_x, ids_y, self_offset, None, col_bias)
+    _check(x, y, None, ids_x, ids_y, self_offset, None, col_bias)
     y, col_bias = (None if v is None else v.detach() for v in (y, col_bias))
-    pairs = (x.detach(), y, *_int64(ids_x, ids_y), self_offset, None, col_bias, product_dtype or x.dtype)
+    pairs = (x.detach(), y, None, *_int64(ids_x, ids_y), self_offset, None, col_bias, product_dtype or x.dtype)
     if (spread := ranks.current()) is not None:
         return over_ranks.top_k(spread, *pairs, cutoff, k)
     candidates = (x if y is None else y).shape[0]
@@ -221,14 +236,18 @@ def _backend(backend: str | None) -> str | None:
 def _check(
     x: Tensor,
     y: Tensor | None,
+    norm: Tensor | None,
     ids_x: Tensor | None,
     ids_y: Tensor | None,
     self_offset: int | None,
     row_bias: Tensor | None,
     col_bias: Tensor | None,
 ) -> None:
-    if x.ndim != 2 or x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"x: expected float32 or float64 of shape [N, D], got {x.dtype} {list(x.shape)}")
+    dtypes = (torch.float32, torch.float64) if norm is None else (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    if x.ndim != 2 or x.dtype not in dtypes:
+        raise ValueError(
+            f"x: expected {' or '.join(str(v).removeprefix('torch.') for v in dtypes)} of shape [N, D], got {x.dtype} {list(x.shape)}"
+        )
     if y is None:
         if ids_y is not None or self_offset not in (None, 0):
             raise ValueError("y=None: expected ids_y=None and self_offset 0 or None")
@@ -237,6 +256,9 @@ def _check(
             raise ValueError(f"y: expected {x.dtype} of shape [M, {x.shape[1]}], got {y.dtype} {list(y.shape)}")
         if (ids_x is None) != (ids_y is None):
             raise ValueError("ids_x, ids_y: expected both or neither")
+    dtype = statistics_dtype(x)
+    if norm is not None and (norm.dtype != dtype or norm.ndim):
+        raise ValueError(f"norm: expected {dtype} of shape [], got {norm.dtype} {list(norm.shape)}")
     candidates = x if y is None else y
     for name, vector, rows in (
         ("ids_x", ids_x, x),
@@ -248,7 +270,14 @@ def _check(
             continue
         if vector.shape[0] != rows.shape[0]:
             raise ValueError(f"{name}: expected one entry per row, got shape {list(vector.shape)}")
-        if "bias" in name and (vector.dtype != x.dtype or vector.ndim != 1):
-            raise ValueError(f"{name}: expected {x.dtype} of shape [{rows.shape[0]}], got {vector.dtype} {list(vector.shape)}")
+        if "bias" in name and (vector.dtype != dtype or vector.ndim != 1):
+            raise ValueError(f"{name}: expected {dtype} of shape [{rows.shape[0]}], got {vector.dtype} {list(vector.shape)}")
         if "ids" in name and (vector.ndim > 2 or 0 in vector.shape[1:]):
             raise ValueError(f"{name}: expected shape [N] or, multi-hot, [N, W] with W >= 1, got {list(vector.shape)}")
+
+
+def _normalised(x: Tensor, y: Tensor | None, norm: Tensor | None, backend: str | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x, y and norm as they are computed with: engines normalise by themselves, the reference does not, and over ranks unit rows travel."""
+    if norm is None or (backend != engines.REFERENCE and ranks.current() is None):
+        return x, y, norm
+    return unit(x.to(norm.dtype), norm), None if y is None else unit(y.to(norm.dtype), norm), None

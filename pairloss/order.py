@@ -1,4 +1,5 @@
-"""Label order: rows sorted by label, so that most tiles hold no positives and need no mask; counts and sums over classes."""
+"""How rows are arranged for an engine: normalised, and sorted by label, so that most tiles hold no positives and need no mask. Counts
+and sums over classes."""
 
 import dataclasses
 from typing import Any
@@ -6,50 +7,89 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import unit
 from .engines import Call
 from .selection import add_rows_
 
 
-class LabelOrder:
-    """The call with its rows sorted by label, where that pays, and the way back. Stable, so that equal input gives equal bits."""
+class Arrangement:
+    """A call as its engine takes it, and the way back: rows of the call's norm, sorted by label where that pays.
+
+    The sort is stable, so that equal input gives equal bits.
+    """
 
     def __init__(self, call: Call, engine: Any) -> None:
-        self.call, self.order_x, self.order_y = call, None, None
-        ids, candidate_ids = call.ids_x, call.candidate_ids
-        if ids is None or candidate_ids is None or ids.ndim != 1 or not engine.label_order_pays(call):
-            return
-        if call.symmetric:
-            self.order_x = self.order_y = torch.argsort(ids, stable=True)
-        elif call.self_offset is None:
-            self.order_x, self.order_y = torch.argsort(ids, stable=True), torch.argsort(candidate_ids, stable=True)
-        else:  # the pair left out would no longer stand on one diagonal
-            return
-        ordered = {name: _take(getattr(call, name), self.order_x, 0) for name in ("x", "ids_x", "row_bias")}
-        ordered |= {name: _take(getattr(call, name), self.order_y, 0) for name in ("y", "ids_y", "col_bias")}
-        self.call = dataclasses.replace(call, **ordered)
+        self.given, self.by_engine = call, engine.arranges(call)
+        self.order_x, self.order_y = _label_order(call, engine)
+        self.poison: Tensor | None = None  # [N]: NaN for an anchor that has no direction
+        changes: dict[str, Any] = {}
+        if self.order_x is not None:
+            changes = {name: _take(getattr(call, name), self.order_x, 0) for name in ("ids_x", "row_bias")}
+            changes |= {name: _take(getattr(call, name), self.order_y, 0) for name in ("ids_y", "col_bias")}
+        if self.by_engine:
+            changes |= {} if self.order_x is None else {"order_x": self.order_x, "order_y": self.order_y}
+        elif call.norm is not None or self.order_x is not None:
+            x, y = (_take(self._of_norm(rows), order, 0) for rows, order in ((call.x, self.order_x), (call.y, self.order_y)))
+            changes |= {"x": x, "y": y, "norm": None}
+            self.poison = None if call.norm is None else x[:, 0] * 0  # what is NaN in one column is in all
+        self.call = dataclasses.replace(call, **changes) if changes else call
+
+    def _of_norm(self, rows: Tensor | None) -> Any:
+        return rows if rows is None or self.given.norm is None else unit.scaled(rows.to(self.given.dtype), self.given.norm)
 
     def rows(self, per_row: Tensor) -> Tensor:
-        """Into label order, along the last dimension."""
+        """What belongs to the anchors, along the last dimension, as the engine takes it."""
         return _take(per_row, self.order_x, per_row.ndim - 1)
 
     def cols(self, per_col: Tensor) -> Tensor:
         return _take(per_col, self.order_y, per_col.ndim - 1) if per_col.shape[-1] else per_col
 
-    def unordered_rows(self, per_row: Any, dim: int) -> Any:
-        return _put(per_row, self.order_x, dim)
+    def from_rows(self, per_row: Any) -> Any:
+        return _put(per_row, self.order_x)
 
-    def unordered_cols(self, per_col: Any, dim: int) -> Any:
-        return _put(per_col, self.order_y, dim)
+    def from_cols(self, per_col: Any) -> Any:
+        return _put(per_col, self.order_y)
 
-    def unordered_grads(self, dx: Any, dy: Any, drow_bias: Any, dcol_bias: Any) -> list[Tensor | None]:
-        return [_put(dx, self.order_x, 0), _put(dy, self.order_y, 0), _put(drow_bias, self.order_x, 0), _put(dcol_bias, self.order_y, 0)]
+    def needs(self, needs: list[bool]) -> list[bool]:
+        """Which gradients the engine is asked for."""
+        if self.by_engine or self.given.norm is None:
+            return needs
+        x, y, norm, *biases = needs
+        return [x or norm, (y or norm) and self.given.y is not None, False, *biases]
+
+    def from_grads(self, dx: Any, dy: Any, dnorm: Any, drow_bias: Any, dcol_bias: Any) -> list[Tensor | None]:
+        drow_bias, dcol_bias = _put(drow_bias, self.order_x), _put(dcol_bias, self.order_y)
+        if not self.by_engine:
+            dx, dy = (_put(grad, order, 0) for grad, order in ((dx, self.order_x), (dy, self.order_y)))
+            if self.given.norm is not None:
+                dx, dnorm = self._through_norm(self.given.x, dx, None)
+                dy, dnorm = self._through_norm(self.given.y, dy, dnorm)
+        return [dx, dy, dnorm, drow_bias, dcol_bias]
+
+    def _through_norm(self, rows: Tensor | None, grad: Tensor | None, dnorm: Tensor | None) -> Any:
+        if rows is None or grad is None or self.given.norm is None:
+            return None, dnorm
+        grad, of_norm = unit.backward(rows.to(grad.dtype), self.given.norm, grad)
+        return grad.to(rows.dtype), of_norm if dnorm is None else dnorm + of_norm
+
+
+def _label_order(call: Call, engine: Any) -> tuple[Tensor | None, Tensor | None]:
+    ids, candidate_ids = call.ids_x, call.candidate_ids
+    if ids is None or candidate_ids is None or ids.ndim != 1 or not engine.label_order_pays(call):
+        return None, None
+    if call.symmetric:
+        order = torch.argsort(ids, stable=True)
+        return order, order
+    if call.self_offset is None:
+        return torch.argsort(ids, stable=True), torch.argsort(candidate_ids, stable=True)
+    return None, None  # the pair left out would no longer stand on one diagonal
 
 
 def _take(tensor: Tensor | None, order: Tensor | None, dim: int) -> Any:
     return tensor if tensor is None or order is None else tensor.index_select(dim, order)
 
 
-def _put(tensor: Tensor | None, order: Tensor | None, dim: int) -> Tensor | None:
+def _put(tensor: Tensor | None, order: Tensor | None, dim: int = -1) -> Tensor | None:
     if tensor is None or order is None or not tensor.shape[dim]:
         return tensor
     return torch.empty_like(tensor).index_copy_(dim, order, tensor)

@@ -37,7 +37,7 @@ class _Pairs:
     """A call's anchors against one block of candidates after the other."""
 
     def __init__(self, ranks: Ranks, args: Sequence[Any], biased_both_ways: bool, starts: list[int] | None = None) -> None:
-        self.x, self.y, self.ids_x, self.ids_y, self.self_offset, self.row_bias, self.col_bias, self.product_dtype = args[:NUM_PAIRS]
+        self.x, self.y, _, self.ids_x, self.ids_y, self.self_offset, self.row_bias, self.col_bias, self.product_dtype = args[:NUM_PAIRS]
         if self.self_offset not in (None, 0):
             raise ValueError(f"self_offset: expected 0 or None under pairloss.distributed, got {self.self_offset}")
         self.ranks, self.symmetric = ranks, self.y is None
@@ -50,10 +50,10 @@ class _Pairs:
         """The op's arguments."""
         x, ids_x, row_bias = (None if v is None else v[place.mine] for v in (self.x, self.ids_x, self.row_bias))
         if self.is_symmetric(place):
-            return x, None, ids_x, None, self.self_offset, row_bias, None, self.product_dtype
+            return x, None, None, ids_x, None, self.self_offset, row_bias, None, self.product_dtype
         y, ids, bias = block
         offset = None if self.self_offset is None or place.own is None else self.self_offset + place.own
-        return x, y.to(self.x.dtype), ids_x, ids, offset, row_bias, bias, self.product_dtype
+        return x, y.to(self.x.dtype), None, ids_x, ids, offset, row_bias, bias, self.product_dtype
 
     def is_symmetric(self, place: Place) -> bool:
         return self.symmetric and place.is_own
@@ -67,17 +67,18 @@ class _Pairs:
         return self.ranks.visit([*self.candidates, *more], self.starts, of_block, merge, once)
 
     def gradients(self, needs: Sequence[bool], backward: Any, *more: Tensor | None, once: bool = False) -> list[Tensor | None]:
-        """Of x, y, row_bias and col_bias, where needed, from backward(the op's arguments, place, wanted, whatever else travels)."""
-        need_x, need_y, need_row_bias, need_col_bias = needs
+        """Of x, y, norm (there is none over ranks), row_bias and col_bias, where needed, from backward(the op's arguments, place, wanted,
+        whatever else travels)."""
+        need_x, need_y, _, need_row_bias, need_col_bias = needs
         if self.symmetric:
             need_y, need_col_bias = need_x, need_row_bias and self.candidates[2] is not None
         dx, drow_bias = (torch.zeros_like(v) if need else None for v, need in ((self.x, need_x), (self.row_bias, need_row_bias)))
 
         def of_block(args: tuple[Any, ...], place: Place, *travelling: Tensor | None) -> Any:
             theirs = not self.is_symmetric(place)
-            wanted = [need_x, need_y and theirs, need_row_bias, need_col_bias and theirs]
+            wanted = [need_x, need_y and theirs, False, need_row_bias, need_col_bias and theirs]
             grads = iter(backward(args, place, wanted, *travelling))
-            of_x, dy, of_row_bias, dcol_bias = (next(grads) if want else None for want in wanted)
+            of_x, dy, _, of_row_bias, dcol_bias = (next(grads) if want else None for want in wanted)
             for all_of_them, part in ((dx, of_x), (drow_bias, of_row_bias)):
                 if all_of_them is not None and part is not None:
                     all_of_them[place.mine] += part
@@ -87,7 +88,7 @@ class _Pairs:
         if self.symmetric:
             dx, drow_bias = added([dx, drow_bias], [dy, dcol_bias])
             dy = dcol_bias = None
-        return [dx, dy, drow_bias, dcol_bias]
+        return [dx, dy, None, drow_bias, dcol_bias]
 
 
 def _merged(a: Tensor, b: Tensor) -> Tensor:

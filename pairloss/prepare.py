@@ -10,20 +10,31 @@ import torch
 from torch import Tensor
 
 from . import ops, ranks
-from .autograd import positional
-from .engines import without_autocast
+from .engines import statistics_dtype, without_autocast
 from .reference import rounded
-
-ZERO_NORM = 1e-12
+from .unit import unit
 
 
 class Rows(NamedTuple):
     x: Tensor
     y: Tensor | None
+    norm: Tensor | None  # that the rows have when they are compared; None: as they are
     row_bias: Tensor | None
     col_bias: Tensor | None
     product_dtype: torch.dtype
     logit_bound: float
+
+    def normalised(self) -> "Rows":
+        """The rows as they are compared, for what is computed from single ones."""
+        if self.norm is None:
+            return self
+        return self._replace(
+            x=unit(self.x.to(self.dtype), self.norm), y=None if self.y is None else unit(self.y.to(self.dtype), self.norm), norm=None
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return statistics_dtype(self.x)
 
     @property
     def poison(self) -> Tensor:
@@ -34,9 +45,18 @@ class Rows(NamedTuple):
         """ops.row_stats of these rows; NaN for a NaN anchor also where it has nothing to be compared with."""
         biases = (self.row_bias, self.col_bias)
         rows, cols = ops.row_stats(
-            self.x, self.y, ids_x, ids_y, self_offset, *biases, product_dtype=self.product_dtype, logit_bound=self.logit_bound, **how
+            self.x,
+            self.y,
+            ids_x,
+            ids_y,
+            self_offset,
+            *biases,
+            norm=self.norm,
+            product_dtype=self.product_dtype,
+            logit_bound=self.logit_bound,
+            **how,
         )
-        return rows + self.poison, cols
+        return rows if self.norm is not None else rows + self.poison, cols
 
     def products(self, y: Tensor) -> Tensor:
         """The product of each anchor with the row of y [N, D] beside it, or with those of y [N, M, D]; rounded as engines round."""
@@ -62,15 +82,15 @@ def prepare(
     """
     product_dtype = _product_dtype(features)
     scale = _inverse_sqrt(tau / 2 if metric == "sqeuclidean" else tau)
-    x, row_bias = _cleared(features, ignored)
-    y, col_bias = (None, None) if ref_features is None else _cleared(ref_features, ref_ignored)
+    dtype = loss_dtype(features)
+    x, row_bias = _cleared(features, ignored, dtype)
+    y, col_bias = (None, None) if ref_features is None else _cleared(ref_features.to(features.dtype), ref_ignored, dtype)
     if metric == "cosine":
-        bound = 1 / tau if isinstance(tau, float) else math.inf
-        x, y = unit(x, scale), None if y is None else unit(y, scale)
-        return Rows(x, y, row_bias, col_bias, product_dtype, bound)
+        norm = scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=dtype, device=x.device)
+        return Rows(x, y, norm, row_bias, col_bias, product_dtype, 1 / tau if isinstance(tau, float) else math.inf)
 
-    x = _poisoned(x * scale, product_dtype)
-    y = None if y is None else _poisoned(y * scale, product_dtype)
+    x = _poisoned(x.to(dtype) * scale, product_dtype)
+    y = None if y is None else _poisoned(y.to(dtype) * scale, product_dtype)
     if metric == "sqeuclidean":
         # Distances don't move with the origin: near the data they lose fewer digits. (Ignored rows are zeros.)
         with torch.no_grad():
@@ -79,7 +99,7 @@ def prepare(
         x, row_bias = _with_half_square(x - centre, row_bias, product_dtype)
         if y is not None:
             y, col_bias = _with_half_square(y - centre, col_bias, product_dtype)
-    return Rows(x, y, row_bias, col_bias, product_dtype, math.inf)
+    return Rows(x, y, None, row_bias, col_bias, product_dtype, math.inf)
 
 
 def loss_dtype(features: Tensor) -> torch.dtype:
@@ -106,76 +126,12 @@ def _inverse_sqrt(tau: float | Tensor) -> float | Tensor:
     return tau**-0.5
 
 
-def _cleared(features: Tensor, ignored: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Rows in the dtype of the statistics, ignored ones zeroed, and the bias that takes those out of every set."""
-    x = features if features.dtype == torch.float64 else features.to(torch.float32)
+def _cleared(features: Tensor, ignored: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Rows, ignored ones zeroed, and the bias that takes those out of every set."""
     if ignored is None:
-        return x, None
-    bias = torch.zeros(x.shape[0], dtype=x.dtype, device=x.device).masked_fill(ignored, -torch.inf)
-    return torch.where(ignored[:, None], 0, x), bias
-
-
-def unit(x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
-    """Rows of norm `scale`, in the direction of x's; a norm below 1e-12 gives the zero row with gradient 0, one that overflows NaN."""
-    # A compiler fuses the steps by itself, and dynamo (2.13) fails to trace two of these Functions whose rows share a symbolic size.
-    return _scaled(x, scale) if torch.compiler.is_compiling() else _Unit.apply(x, scale)
-
-
-def _scaled(x: Tensor, scale: float | Tensor) -> Tensor:
-    return x * (_inverse_norm(x) * scale)
-
-
-class _Unit(torch.autograd.Function):
-    """_scaled with its derivative in closed form, a third of the operations that autograd would record.
-
-    With r = 1 / |x| and u = r x: dx = scale r (g - u <u, g>).
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    @positional
-    def forward(x: Tensor, scale: Any) -> Any:
-        return _scaled(x, scale)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, scale = inputs
-        tensors = (x, scale) if isinstance(scale, Tensor) else (x,)
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-        ctx.scale = None if isinstance(scale, Tensor) else scale
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *tensors = ctx.saved_tensors
-        scale = tensors[0] if tensors else ctx.scale
-        inverse = _inverse_norm(x)
-        u = x * inverse
-        along = (grad * u).sum(1, keepdim=True)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            factor = inverse * scale
-            dx = torch.addcmul(grad, u, along, value=-1)
-            # Fresh memory takes longer than the product. (Under vmap a tensor may be batched where dx is not.)
-            dx = dx * factor if tensors else dx.mul_(factor)
-        return dx, along.sum() if ctx.needs_input_grad[1] else None
-
-    @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dscale: Tensor | None) -> Tensor:
-        x, *tensors = ctx.saved_tensors
-        scale = tensors[0] if tensors else ctx.scale
-        inverse = _inverse_norm(x)
-        u = x * inverse
-        tangent = torch.zeros_like(x) if dx is None else (dx - u * (dx * u).sum(1, keepdim=True)) * (inverse * scale)
-        return tangent if dscale is None else tangent + u * dscale
-
-
-def _inverse_norm(x: Tensor) -> Tensor:
-    """[N, 1]: 1 / |x|, 0 for a zero row, NaN for a norm that is not finite: 1 / inf would silently give the zero vector."""
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    inverse = torch.threshold(norm, ZERO_NORM, torch.inf).reciprocal()  # of a small norm 1 / inf
-    return torch.add(inverse, norm, alpha=0)  # 0 * inf is NaN
+        return features, None
+    bias = torch.zeros(features.shape[0], dtype=dtype, device=features.device).masked_fill(ignored, -torch.inf)
+    return torch.where(ignored[:, None], 0, features), bias
 
 
 def _poisoned(x: Tensor, product_dtype: torch.dtype) -> Tensor:

@@ -77,7 +77,7 @@ def supcon(
     checks.similarity(metric)
     given = anchors.labelled(features, labels, ref_features, ref_labels, weight, class_weight, ignore_index)
     tau = checks.temperature("tau", tau, features, given.dtype)
-    rows = prepare(given.features, given.ref_features, tau, metric, given.ignored, given.ref_ignored)
+    rows = prepare(given.features, given.ref_features, tau, metric, given.ignored, given.ref_ignored).normalised()
     similarity, size = groups.positives(rows, given.ids, given.ref_ids, backend)
     none, weight = size == 0, given.weight
     some = size.clamp(min=1)

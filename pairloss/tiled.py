@@ -33,6 +33,10 @@ def label_order_pays(call: Call) -> bool:
     return min(call.x.shape[0], call.candidates.shape[0]) >= LABEL_ORDER_TILES * pair_tiles.tile_rows(call) and pair_tiles.on_host(call)
 
 
+def arranges(call: Call) -> bool:
+    return False
+
+
 def row_stats_fwd(call: Call) -> Statistics:
     pairs = Pairs(call)
     rows = _Sums(pairs, call.x.shape[0])
@@ -65,7 +69,7 @@ def row_stats_bwd(
     rows = _Weights(pairs, weights_of(row_sums, row_grads))
     cols = rows if call.symmetric else _Weights(pairs, weights_of(col_sums, col_grads)) if call.both_sides else None
 
-    dx, dy, drow_bias, dcol_bias = zero_grads(call, needs)
+    dx, dy, _, drow_bias, dcol_bias = grads = zero_grads(call, needs)
     to_y, to_col_bias = (dx, drow_bias) if call.symmetric else (dy, dcol_bias)
 
     for tile in pairs.tiles():
@@ -82,14 +86,14 @@ def row_stats_bwd(
             dx[tile.i].addmm_(w, pairs.y[tile.j])
         if to_y is not None and off_diagonal:
             to_y[tile.j].addmm_(w.T, pairs.x[tile.i])
-    return [dx, dy, drow_bias, dcol_bias]
+    return grads
 
 
 def pair_sum_fwd_bwd(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> SumsAndGrads:
     pairs = Pairs(call)
     wanted = SETS.index(over)
     sums = call.x.new_zeros(call.x.shape[0]) if with_sums else None
-    dx, dy, drow_bias, dcol_bias = grads = zero_grads(call, needs)
+    dx, dy, _, drow_bias, dcol_bias = grads = zero_grads(call, needs)
     to_y = dx if call.symmetric else dy
     for tile in pairs.tiles(wanted):
         total: Tensor | None = None

@@ -30,7 +30,7 @@ class Engine(NamedTuple):
 def call_of(device: str, dtype: torch.dtype) -> engines.Call:
     x = torch.zeros(2, 2, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     ids = torch.zeros(2, device=device, dtype=torch.long)
-    return engines.Call(x, None, ids, None, 0, None, None, dtype)
+    return engines.Call(x, None, None, ids, None, 0, None, None, dtype)
 
 
 def why_not(engine: Engine, dtype: torch.dtype = torch.float32) -> str | None:

@@ -1,9 +1,11 @@
 // Runs the CPU engine through every form, on arrays without a spare entry, and writes what it computes to the file named first: for
-// sanitizers, and to compare builds. Each array is its bytes per number (2: float, from weights that may be rounded to bfloat16), its length
-// and its numbers, all as doubles. The input is fixed; the second argument is the number of threads.
+// sanitizers, and to compare builds. Each array is its bytes per number (2: float, from weights that may be rounded to bfloat16), the largest
+// number in it or in what it was made of, its length and its numbers, all as doubles. The input is fixed; the second argument is the number of threads.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <random>
@@ -48,11 +50,55 @@ Array<int64_t> ids(int64_t n, int64_t words, int64_t factor) {
 void put(double value) { std::fwrite(&value, sizeof value, 1, out); }
 
 template <class T>
-void write(const Array<T>& a, int bytes = sizeof(T)) {
+void write(const Array<T>& a, int bytes = sizeof(T), double scale = 0) {
+  for (int64_t i = 0; i < a.size(); ++i) scale = std::max(scale, std::abs(double(a.get()[i])));
   put(bytes);
+  put(scale);
   put(a.size());
   for (int64_t i = 0; i < a.size(); ++i) put(a.get()[i]);
 }
+
+// As bfloat16, truncated.
+template <class T>
+Array<uint16_t> half(const Array<T>& a) {
+  Array<uint16_t> to(a.size());
+  for (int64_t i = 0; i < a.size(); ++i) {
+    const float v = float(a.get()[i]);
+    uint32_t bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    to.get()[i] = uint16_t(bits >> 16);
+  }
+  return to;
+}
+
+Array<int64_t> reversed(int64_t n) {
+  Array<int64_t> order(n);
+  for (int64_t i = 0; i < n; ++i) order.get()[i] = n - 1 - i;
+  return order;
+}
+
+// A gradient of rows, of T or of bfloat16.
+template <class T>
+class Rows {
+ public:
+  Rows(int64_t n, bool half) : full_(half ? 0 : n), half_(half ? n : 0), is_half_(half) {}
+  void* get() const { return is_half_ ? static_cast<void*>(half_.get()) : full_.get(); }
+  Array<T> numbers() const {
+    Array<T> to(full_.size() + half_.size());
+    for (int64_t i = 0; i < to.size(); ++i) {
+      const uint32_t bits = is_half_ ? uint32_t(half_.get()[i]) << 16 : 0;
+      float v;
+      std::memcpy(&v, &bits, sizeof v);
+      to.get()[i] = is_half_ ? T(v) : full_.get()[i];
+    }
+    return to;
+  }
+
+ private:
+  Array<T> full_;
+  Array<uint16_t> half_;
+  bool is_half_;
+};
 
 template <class T>
 void run(pairloss::Call call, double spread) {
@@ -60,15 +106,20 @@ void run(pairloss::Call call, double spread) {
   const Array<T> x = random<T>(n * call.d, spread), y = random<T>(m * call.d, spread);
   const Array<T> row_bias = random<T>(n, 1), col_bias = random<T>(m, 1), weights = random<T>(n, 1);
   const Array<int64_t> ids_x = ids(n, call.words, 1), ids_y = ids(m, call.words, 1);
-  if (call.bfloat16) {  // positive: the rounding of weights is compared with sums of what was rounded, which must not cancel
+  if (call.bfloat16 || call.has_norm) {  // positive: the rounding of weights is compared with sums of what was rounded, which must not cancel
     for (const Array<T>* a : {&x, &y, &weights}) {
       for (int64_t i = 0; i < a->size(); ++i) a->get()[i] = std::abs(a->get()[i]);
     }
   }
   const int of_gradients = call.bfloat16 ? 2 : sizeof(T);
   call.is_double = sizeof(T) == 8;
-  call.x = x.get();
-  if (!call.symmetric) call.y = y.get();
+  call.half = call.has_norm && call.bfloat16;
+  const Array<uint16_t> half_x = half(x), half_y = half(y);
+  const Array<int64_t> order_x = reversed(n), order_y = reversed(m);
+  call.x = call.half ? static_cast<void*>(half_x.get()) : x.get();
+  if (!call.symmetric) call.y = call.half ? static_cast<void*>(half_y.get()) : y.get();
+  if (call.has_norm) call.order_x = order_x.get();
+  if (call.has_norm && !call.symmetric) call.order_y = order_y.get();
   if (call.has_ids) call.ids_x = ids_x.get();
   if (call.has_ids && !call.symmetric) call.ids_y = ids_y.get();
   const bool plain = call.logit_bound < std::numeric_limits<double>::infinity();  // and only some of the gradients
@@ -77,26 +128,42 @@ void run(pairloss::Call call, double spread) {
 
   const bool both_sides = !call.symmetric;
   Array<T> row_logs(sets * n), rows(2 * sets * n), col_logs(both_sides ? sets * m : 0), cols(2 * col_logs.size());
-  Array<T> dx(n * call.d), dy(m * call.d), drow(n), dcol(m), sums(n);
-  const auto of_y = [&](const Array<T>& a) { return call.symmetric ? nullptr : a.get(); };
-  const auto for_x = [&](const Array<T>& a) { return plain && call.has_ids ? nullptr : a.get(); };
-  const auto for_y = [&](const Array<T>& a) { return plain && call.words == 0 ? nullptr : of_y(a); };
+  Array<T> dnorm(1), drow(n), dcol(m), sums(n);
+  Rows<T> dx(n * call.d, call.half), dy(m * call.d, call.half);
+  const auto of_y = [&](const auto& a) { return call.symmetric ? nullptr : a.get(); };
+  const auto for_x = [&](const auto& a) { return plain && call.has_ids ? nullptr : a.get(); };
+  const auto for_y = [&](const auto& a) { return plain && call.words == 0 ? nullptr : of_y(a); };
+  T* const for_norm = call.has_norm ? dnorm.get() : nullptr;
   pairloss::row_stats(call, row_logs.get(), rows.get(), of_y(col_logs), of_y(cols));
   write(rows);  // whose logarithms may be -inf
   write(cols);
   // As gradients, sums are as good as other numbers.
-  pairloss::row_stats_backward(call, rows.get(), rows.get(), of_y(cols), of_y(cols), for_x(dx), for_y(dy), for_x(drow), for_y(dcol));
-  for (const Array<T>* a : {&dx, &dy}) write(*a, of_gradients);
-  for (const Array<T>* a : {&drow, &dcol}) write(*a);
+  pairloss::row_stats_backward(call, rows.get(), rows.get(), of_y(cols), of_y(cols),
+      {for_x(dx), for_y(dy), for_norm, for_x(drow), for_y(dcol)});
+  // At a given norm, what lies along the rows is taken off: here nearly everything.
+  const auto largest = [&](const Array<T>& of_norm) {
+    double shortest = std::numeric_limits<double>::infinity();
+    for (const Array<T>* a : {&x, &y}) {
+      for (int64_t i = 0; i < a->size(); i += call.d) {
+        double square = 0;
+        for (int64_t k = i; k < i + call.d; ++k) square += double(a->get()[k]) * a->get()[k];
+        if (square > 0) shortest = std::min(shortest, std::sqrt(square));
+      }
+    }
+    return call.has_norm ? std::abs(double(of_norm.get()[0])) * call.norm / shortest : 0;
+  };
+  for (const Rows<T>* a : {&dx, &dy}) write(a->numbers(), of_gradients, largest(dnorm));
+  for (const Array<T>* a : {&dnorm, &drow, &dcol}) write(*a, a == &dnorm ? of_gradients : sizeof(T));
   if (call.circle) return;
   for (bool positives : {false, true}) {
     if (positives && !call.has_ids) continue;
     for (bool softplus : {false, true}) {
-      Array<T> sx(n * call.d), sy(m * call.d), srow(n), scol(m);
-      pairloss::pair_sum(
-          call, positives, softplus, sums.get(), weights.get(), for_x(sx), for_y(sy), for_x(srow), for_y(scol));
-      for (const Array<T>* a : {&sx, &sy}) write(*a, of_gradients);
-      for (const Array<T>* a : {&sums, &srow, &scol}) write(*a);
+      Rows<T> sx(n * call.d, call.half), sy(m * call.d, call.half);
+      Array<T> snorm(1), srow(n), scol(m);
+      pairloss::pair_sum(call, positives, softplus, sums.get(), weights.get(),
+          {for_x(sx), for_y(sy), for_norm ? snorm.get() : nullptr, for_x(srow), for_y(scol)});
+      for (const Rows<T>* a : {&sx, &sy}) write(a->numbers(), of_gradients, largest(snorm));
+      for (const Array<T>* a : {&snorm, &sums, &srow, &scol}) write(*a, a == &snorm ? of_gradients : sizeof(T));
     }
   }
 }
@@ -113,6 +180,7 @@ int main(int, char** arguments) {
           for (bool circle : {false, true}) {
             for (double spread : {0.0, 0.1, 3.0}) {  // no shift, one for a tile, and one for each row and column
               const bool plain = spread == 0;
+              const bool norm = (n + words + symmetric) % 2 == 0 && d < 300;  // half of the forms, in another order
               if (circle && (plain || words < 0)) continue;
               pairloss::Call call{};
               call.symmetric = symmetric;
@@ -121,6 +189,8 @@ int main(int, char** arguments) {
               call.n = n;
               call.m = n + 5;
               call.d = d;
+              call.has_norm = norm;
+              call.norm = plain ? 0.3 : spread;
               call.has_self = true;
               call.self_offset = symmetric ? 0 : 2;
               call.circle = circle;

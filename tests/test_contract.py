@@ -7,8 +7,9 @@ import torch
 from conftest import DTYPES, ON_CPU, tiles
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from pairloss import prepare
+from pairloss.autograd import DIFFERENTIABLE
 from pairloss.testing import FLOORS, LOSSES, Sample
+from pairloss.unit import unit
 
 CASES = [(loss, option) for loss, spec in LOSSES.items() for option in spec.options]
 
@@ -47,12 +48,15 @@ def op_calls():
     x, y = torch.randn(9, 4), torch.randn(7, 4)
     ids_x, ids_y = torch.arange(9) % 3, torch.arange(7) % 3
     options = (torch.float32, None, "linear", 0.0, 1.0, False, 5.0, "torch")
-    yield "self", (x, None, ids_x, None, 0, None, None, *options)
-    yield "self-bias", (x, None, None, None, 0, torch.randn(9), None, *options)
-    yield "two", (x, y, ids_x, ids_y, None, torch.randn(9), torch.randn(7), *options)
+    yield "self", (x, None, None, ids_x, None, 0, None, None, *options)
+    yield "self-bias", (x, None, None, None, None, 0, torch.randn(9), None, *options)
+    yield "two", (x, y, None, ids_x, ids_y, None, torch.randn(9), torch.randn(7), *options)
     options = (torch.bfloat16, torch.tensor(0.1), "linear", 0.0, 1.0, True, float("inf"), "torch")
-    yield "both-sides-cutoff", (x, y, ids_x, ids_y, 2, None, torch.randn(7), *options)
-    yield "circle", (x, None, ids_x, None, 0, None, None, torch.float32, None, "circle", 0.25, 32.0, False, float("inf"), "torch")
+    yield "both-sides-cutoff", (x, y, torch.tensor(2.0), ids_x, ids_y, 2, None, torch.randn(7), *options)
+    yield (
+        "circle",
+        (x, None, torch.tensor(1.0), ids_x, None, 0, None, None, torch.float32, None, "circle", 0.25, 32.0, False, float("inf"), "torch"),
+    )
 
 
 @pytest.mark.parametrize(("name", "args"), list(op_calls()), ids=lambda v: v if isinstance(v, str) else "")
@@ -63,7 +67,7 @@ def test_opcheck_forward(name, args):
 @pytest.mark.parametrize(("name", "args"), list(op_calls()), ids=lambda v: v if isinstance(v, str) else "")
 def test_opcheck_backward(name, args):
     rows, cols, row_sums, col_sums = torch.ops.pairloss.row_stats(*args)
-    needs = [isinstance(args[i], torch.Tensor) for i in (0, 1, 5, 6)]
+    needs = [isinstance(args[i], torch.Tensor) for i in DIFFERENTIABLE]
     grads = row_sums, torch.randn_like(rows), col_sums, torch.randn_like(cols)
     torch.library.opcheck(torch.ops.pairloss.row_stats_backward.default, (*args, *grads, needs))
 
@@ -71,11 +75,11 @@ def test_opcheck_backward(name, args):
 @pytest.mark.parametrize("over", ["positives", "negatives"])
 def test_opcheck_of_the_other_ops(over):
     x, y = torch.randn(9, 4), torch.randn(7, 4)
-    pairs = (x, y, torch.arange(9) % 3, torch.arange(7) % 3, None, torch.randn(9), torch.randn(7), torch.float32)
+    pairs = (x, y, torch.tensor(2.0), torch.arange(9) % 3, torch.arange(7) % 3, None, torch.randn(9), torch.randn(7), torch.float32)
     ops = torch.ops.pairloss
     torch.library.opcheck(ops.pair_sum.default, (*pairs, over, "softplus", "torch"))
-    torch.library.opcheck(ops.pair_sum_backward.default, (*pairs, over, "softplus", "torch", torch.randn(9), [True] * 4))
-    for needs in ([True] * 4, [False, True, False, False], [False] * 4):
+    torch.library.opcheck(ops.pair_sum_backward.default, (*pairs, over, "softplus", "torch", torch.randn(9), [True] * 5))
+    for needs in ([True] * 5, [False, True, False, False, False], [False] * 5):
         torch.library.opcheck(ops.pair_sum_with_grads.default, (*pairs, over, "softplus", "torch", torch.randn(9), needs))
     torch.library.opcheck(ops.top_k.default, (*pairs, torch.tensor(0.1), 3))
     index = ops.top_k(*pairs, None, 3)
@@ -224,7 +228,7 @@ def test_vmap_over_temperatures_alone():
         return torch.func.grad(lambda x: LOSSES["snnl"].function(x, labels, tau, backend="reference"))(x)
 
     def unit_gradient(scale):
-        return torch.func.vjp(lambda x: prepare.unit(x, scale), x)[1](x[:1].expand(6, 3))[0]
+        return torch.func.vjp(lambda x: unit(x, scale), x)[1](x[:1].expand(6, 3))[0]
 
     for function in (gradient, unit_gradient):
         torch.testing.assert_close(torch.func.vmap(function)(taus), torch.stack([function(tau) for tau in taus]))

@@ -33,6 +33,8 @@ def arguments(n: int, m: int, option: str) -> tuple[dict[str, torch.Tensor | Non
         if two_sets:
             differentiable["col_bias"] = randn(m)
             differentiable["col_bias"][1::7] = -torch.inf
+    if "norm" in option:
+        differentiable["norm"] = torch.tensor(1.7, dtype=torch.float64)
     others: dict[str, object] = dict(ids)
     if "offset" in option or not two_sets:
         others["self_offset"] = 3 if two_sets else 0
@@ -55,6 +57,7 @@ OPTIONS = [
     *("two", "two-no-ids", "two-bias", "two-words", "two-offset", "two-far-bias"),
     *("two-both-sides", "two-both-sides-bias-offset", "two-no-ids-both-sides", "two-far-both-sides-bias"),
     *("self-circle", "self-circle-256", "self-circle-bias", "self-circle-words", "two-circle-256-both-sides-bias", "two-circle-offset"),
+    *("self-norm", "self-norm-no-ids", "self-norm-circle", "two-norm", "two-norm-both-sides-bias", "two-norm-offset"),
     *("self-cutoff", "two-cutoff", "two-cutoff-words", "two-no-ids-cutoff-offset-both-sides", "two-no-ids-cutoff-bias"),
 ]
 
@@ -96,8 +99,10 @@ def test_statistics_and_gradients(engine, option, dtype, tile):
             finite = torch.isfinite(b)
             assert torch.equal(a.cpu()[~finite].double(), b[~finite])
             assert_rule(side, a.cpu()[finite], b[finite], c[finite], dtype)
+    # The norm's gradient is a sum over rows that cancels, of what their own gradients are the other part of.
+    norms = [(v.norm(dim=1) * differentiable[k].norm(dim=1)).sum().item() for k, v in truth[1].items() if v.ndim == 2]
     for name in truth[1]:
-        assert_rule(f"gradient of {name}", ours[1][name], truth[1][name], eager[1][name], dtype)
+        assert_rule(f"gradient of {name}", ours[1][name], truth[1][name], eager[1][name], dtype, sum(norms) if name == "norm" else 0)
 
 
 @pytest.mark.parametrize("tile", [4, None], ids=lambda tile: f"tile-{tile or 'shipped'}")
@@ -163,7 +168,8 @@ def test_only_wanted_gradients_are_computed(monkeypatch):
             leaves = [v.requires_grad_(want) for v, want in zip(differentiable.values(), wanted, strict=True)]
             rows, _ = row_stats(**differentiable, **others, backend="torch")
             torch.where(rows == -torch.inf, 0, rows).sum().backward()
-            assert asked[-1] == (list(wanted), list(wanted))
+            of_call = [*wanted[:2], False, *wanted[2:]]  # no norm
+            assert asked[-1] == (of_call, of_call)
             assert [leaf.grad is not None for leaf in leaves] == list(wanted)
 
 

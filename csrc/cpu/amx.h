@@ -142,7 +142,7 @@ struct Amx {
 
   // C [m, n] = X Y^T, in whole blocks. `memory` of operands_size.
   static void scores(
-      int64_t m, int64_t n, int64_t d, const float*, Block<float> x, Block<float> y, float* c, int64_t stride_c, float* memory) {
+      int64_t m, int64_t n, int64_t d, Block<float> x, Block<float> y, float* c, int64_t stride_c, float* memory) {
     for (int64_t k = 0; k < left_size(n, d); k += SQUARE) {
       Bits square[LANES];
       std::memcpy(square, y.data + k, sizeof square);

@@ -31,7 +31,6 @@ PAIRLOSS_INLINE float float_of(uint32_t bits) {
 struct Bfloat16 {
   using Sum = float;
   static constexpr int TERMS = 2;
-  static constexpr bool ROUNDS = true;
 
   // In the bits of a float that nobody computes with.
   static PAIRLOSS_INLINE float factor(float first, float second) {
@@ -54,7 +53,6 @@ struct Bfloat16 {
 
 // Rows are rounded, weights are not.
 struct Bfloat16 : Plain<float> {
-  static constexpr bool ROUNDS = true;
   static PAIRLOSS_INLINE float factor(float v, float) { return float_of(bfloat16_bits(v) << 16); }
 };
 

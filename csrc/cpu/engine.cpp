@@ -43,6 +43,23 @@ std::vector<T> padded(const T* from, int64_t n) {
   return to;
 }
 
+// Row i goes to order[i].
+template <class T>
+void put_in_order(T* rows, const int64_t* order, int64_t n, int64_t d) {
+  std::vector<bool> done(n);
+  std::vector<T> carried(d);
+  for (int64_t i = 0; i < n; ++i) {
+    if (done[i]) continue;
+    std::copy_n(rows + i * d, d, carried.begin());
+    int64_t at = i;
+    do {
+      at = order[at];
+      std::swap_ranges(carried.begin(), carried.end(), rows + at * d);
+      done[at] = true;
+    } while (at != i);
+  }
+}
+
 template <class T>
 class Run {
  public:
@@ -57,12 +74,12 @@ class Run {
         blocks_x_((call.n + tile_ - 1) / tile_),
         blocks_y_((m_ + tile_ - 1) / tile_),
         row_bias_(padded(static_cast<const T*>(call.row_bias), call.n)),
-        col_bias_(padded(static_cast<const T*>(call.col_bias), m_)) {
+        col_bias_(padded(static_cast<const T*>(call.col_bias), m_)),
+        x_(call, call.x, call.order_x, call.n),
+        y_(call, call.y, call.order_y, symmetric_ ? 0 : m_) {
     read_ids();
-    pairs_.x = {static_cast<const T*>(call.x), row_bias_.data(), ids_x_.data(), call.n + PADDING};
-    pairs_.y = pairs_.x;
-    if (!symmetric_) pairs_.y = {static_cast<const T*>(call.y), nullptr, ids_y_.data(), m_ + PADDING};
-    pairs_.y.bias = col_bias_.data();
+    pairs_.x = {row_bias_.data(), ids_x_.data(), call.n + PADDING};
+    pairs_.y = {col_bias_.data(), (symmetric_ ? ids_x_ : ids_y_).data(), m_ + PADDING};
     pairs_.words = int(call.words * sizeof(int64_t) / sizeof(Id));
     pairs_.d = call.d;
     pairs_.circle = call.circle;
@@ -76,8 +93,8 @@ class Run {
   }
 
   void row_stats(T* row_logs, T* row_sums, T* col_logs, T* col_sums) {
-    prepare();
     pack(false, false);
+    prepare();
     SumsOf rows(sets(), call_.n), cols(sets(), col_sums ? m_ : 0);
     const Sums<T>&r = rows.sums, &c = symmetric_ ? rows.sums : cols.sums;
     visit(MIXED, [&](const Tile& t, const Scratch<T>& b) {
@@ -85,14 +102,15 @@ class Run {
       kernels_.add_exponentials(pairs_, t, b, r, t.mirrored || col_sums ? &c : nullptr);
     });
     rows.put(row_logs, row_sums, call_.n);
+    if (call_.has_norm) poison(row_logs);
     if (col_sums) cols.put(col_logs, col_sums, m_);
   }
 
-  void row_stats_backward(const T* row_sums, const T* row_grads, const T* col_sums, const T* col_grads, T* dx, T* dy, T* drow_bias,
-      T* dcol_bias) {
-    prepare();
+  void row_stats_backward(const T* row_sums, const T* row_grads, const T* col_sums, const T* col_grads, const Gradients& grads) {
     const WeightsOf rows(sets(), call_.n, row_sums, row_grads), cols(sets(), m_, col_sums, col_grads);
-    backward(MIXED, dx, dy, drow_bias, dcol_bias, [&](const Tile& t, const Scratch<T>& b, T* row_bias, T* col_bias) {
+    pack(grads.dx || grads.dnorm, (symmetric_ ? grads.dx : grads.dy) || grads.dnorm);
+    prepare();
+    backward(MIXED, grads, [&](const Tile& t, const Scratch<T>& b, T* row_bias, T* col_bias) {
       const Weights<T>* of_cols = symmetric_ ? &rows.weights : col_sums ? &cols.weights : nullptr;
       // x against itself: W_ij + W_ji. The diagonal's row sums see both (i, j) and (j, i).
       T* to_cols = !symmetric_ ? col_bias : t.mirrored ? row_bias : nullptr;
@@ -101,10 +119,11 @@ class Run {
     });
   }
 
-  void pair_sum(Set over, bool softplus, T* sums, const T* weights, T* dx, T* dy, T* drow_bias, T* dcol_bias) {
+  void pair_sum(Set over, bool softplus, T* sums, const T* weights, const Gradients& grads) {
     const std::vector<T> all = padded(weights, weights ? call_.n : 0);
     const T* given = weights ? all.data() : nullptr;
-    backward(over, dx, dy, drow_bias, dcol_bias, [&](const Tile& t, const Scratch<T>& b, T* row_bias, T* col_bias) {
+    pack(grads.dx || grads.dnorm, (symmetric_ ? grads.dx : grads.dy) || grads.dnorm);
+    backward(over, grads, [&](const Tile& t, const Scratch<T>& b, T* row_bias, T* col_bias) {
       kernels_.pair_sum(pairs_, t, b, over, softplus, sums, given, row_bias, col_bias);
       return true;  // on the diagonal too: there, a tile is not its own transpose
     });
@@ -173,8 +192,14 @@ class Run {
   // Of |z|: what the caller vouches for, or |x| |y|.
   double bound() const {
     if (call_.logit_bound <= NO_SHIFT || call_.row_bias || call_.col_bias || call_.circle) return call_.logit_bound;
-    const double longest = kernels_.longest(pairs_.x.rows, call_.n, call_.d);
-    return longest * (symmetric_ ? longest : kernels_.longest(pairs_.y.rows, m_, call_.d));
+    return x_.longest() * rows_y().longest();
+  }
+
+  // An anchor that has no direction has no statistics, not even those of an empty set.
+  void poison(T* row_logs) const {
+    for (int64_t i = 0; i < call_.n; ++i) {
+      for (int k = 0; std::isnan(x_.lengths[i].scale) && k < sets(); ++k) row_logs[k * call_.n + i] = std::numeric_limits<T>::quiet_NaN();
+    }
   }
 
   // Ids in the width of T: as they are, or ranks where they don't fit.
@@ -243,57 +268,123 @@ class Run {
     return t;
   }
 
-  // What the blocks of a matrix are packed to.
-  struct Blocks {
+  // One side's rows: as they come, and what they are packed to, block by block.
+  struct Rows {
+    const char* given;
+    const int64_t* order;
+    int64_t n, row_size, stride = 0;
+    int roles = 0;
+    std::vector<Length<T>> lengths;
     Aligned<T> data;
-    int64_t stride;
-    int roles;
-    Block<T> at(int64_t block) const { return {data.get() + block * stride, roles}; }
+
+    Rows(const Call& call, const void* given, const int64_t* order, int64_t n)
+        : given(static_cast<const char*>(given)), order(order), n(n), row_size(call.d * (call.half ? sizeof(uint16_t) : sizeof(T))) {}
+
+    int64_t offset(int64_t i) const { return (order ? order[i] : i) * row_size; }
+    const void* at(int64_t i) const { return given + offset(i); }
+    Block<T> block(int64_t k) const { return {data.get() + k * stride, roles}; }
+
+    double longest() const {
+      double top = 0;
+      for (const Length<T>& length : lengths) top = std::max(top, double(length.after));  // NaN counts as none
+      return top;
+    }
   };
+
+  Rows& rows_y() { return symmetric_ ? x_ : y_; }
+  const Rows& rows_y() const { return symmetric_ ? x_ : y_; }
 
   // For the products: x as their left operand, y as the right one, and the rows whose weights are wanted: x weighted for to_y.
   void pack(bool weighted_y, bool weighted_x) {
-    if (symmetric_) {
-      x_ = pack(pairs_.x.rows, call_.n, LEFT | RIGHT | (weighted_y || weighted_x ? WEIGHTED : 0));
-    } else {
-      x_ = pack(pairs_.x.rows, call_.n, LEFT | (weighted_x ? WEIGHTED : 0));
-      y_ = pack(pairs_.y.rows, m_, RIGHT | (weighted_y ? WEIGHTED : 0));
-    }
+    pack(x_, LEFT | (weighted_x ? WEIGHTED : 0) | (symmetric_ ? RIGHT | (weighted_y ? WEIGHTED : 0) : 0));
+    if (!symmetric_) pack(y_, RIGHT | (weighted_y ? WEIGHTED : 0));
   }
 
-  Blocks pack(const T* rows, int64_t n, int roles) {
-    const int64_t count = (n + tile_ - 1) / tile_, size = rounded_up(kernels_.block_size(std::min(tile_, n), call_.d, roles), PADDING);
-    Blocks blocks{aligned<T>(count * size), size, roles};
-    std::atomic<int64_t> next{0};
-    in_parallel(threads_, [&](int) {
-      for (int64_t k; (k = next++) < count;) {
-        kernels_.pack(rows + k * tile_ * call_.d, std::min(tile_, n - k * tile_), call_.d, roles, blocks.data.get() + k * size);
+  void pack(Rows& rows, int roles) {
+    rows.roles = roles;
+    rows.stride = rounded_up(kernels_.block_size(std::min(tile_, rows.n), call_.d, roles), PADDING);
+    rows.data = aligned<T>((rows.n + tile_ - 1) / tile_ * rows.stride);
+    rows.lengths.resize(rows.n);
+    const T norm = T(call_.norm);
+    by_block(rows, [&](int64_t i, int64_t n, T* memory) {
+      for (int64_t r = 0; r < n; ++r) {
+        rows.lengths[i + r] = kernels_.read(rows.at(i + r), call_.half, call_.d, call_.has_norm ? &norm : nullptr, memory + r * call_.d);
       }
+      kernels_.pack(memory, n, call_.d, roles, rows.data.get() + i / tile_ * rows.stride);
     });
-    return blocks;
+  }
+
+  // f(the first row, how many, memory for them) for every block, by all threads.
+  template <class F>
+  void by_block(const Rows& rows, F f) {
+    const int64_t blocks = (rows.n + tile_ - 1) / tile_, most = std::min(tile_, rows.n);
+    std::atomic<int64_t> next{0};
+    in_parallel(int(std::min<int64_t>(threads_, std::max<int64_t>(1, blocks))), [&](int) {
+      const Aligned<T> memory = aligned<T>(most * call_.d);
+      for (int64_t k; (k = next++) < blocks;) f(k * tile_, std::min(tile_, rows.n - k * tile_), memory.get());
+    });
   }
 
   void products(const Tile& t, const Scratch<T>& b) const {
-    kernels_.products(pairs_, t, x_.at(t.i / tile_), y().at(t.j / tile_), b);
+    kernels_.products(pairs_, t, x_.block(t.i / tile_), rows_y().block(t.j / tile_), b);
   }
-
-  const Blocks& y() const { return symmetric_ ? x_ : y_; }
 
   // Weights of a tile from its products, by weigh(tile, scratch, row bias, column bias), whose result says whether the tile adds to
   // the gradient of its candidates too.
   template <class F>
-  void backward(Set wanted, T* dx, T* dy, T* drow_bias, T* dcol_bias, F weigh) {
-    T* to_y = symmetric_ ? dx : dy;
-    std::vector<T> row_bias(drow_bias ? call_.n + PADDING : 0), col_bias(dcol_bias ? m_ + PADDING : 0);
-    pack(dx != nullptr, to_y != nullptr);
+  void backward(Set wanted, const Gradients& grads, F weigh) {
+    std::vector<T> row_bias(grads.drow_bias ? call_.n + PADDING : 0), col_bias(grads.dcol_bias ? m_ + PADDING : 0);
+    RowGradients dx(*this, x_, grads.dx, grads.dnorm), dy(*this, y_, symmetric_ ? nullptr : grads.dy, symmetric_ ? nullptr : grads.dnorm);
+    T* to_y = (symmetric_ ? dx : dy).sums;
     visit(wanted, [&](const Tile& t, const Scratch<T>& b) {
       products(t, b);
-      const bool to_cols = weigh(t, b, drow_bias ? row_bias.data() : nullptr, dcol_bias ? col_bias.data() : nullptr);
-      kernels_.add_gradients(t, call_.d, x_.at(t.i / tile_), y().at(t.j / tile_), b, dx, to_cols ? to_y : nullptr);
+      const bool to_cols = weigh(t, b, grads.drow_bias ? row_bias.data() : nullptr, grads.dcol_bias ? col_bias.data() : nullptr);
+      kernels_.add_gradients(t, call_.d, x_.block(t.i / tile_), rows_y().block(t.j / tile_), b, dx.sums, to_cols ? to_y : nullptr);
     });
-    if (drow_bias) std::copy_n(row_bias.begin(), call_.n, drow_bias);
-    if (dcol_bias) std::copy_n(col_bias.begin(), m_, dcol_bias);
+    const double dnorm = dx.give_back() + dy.give_back();
+    if (grads.dnorm) *static_cast<T*>(grads.dnorm) = T(dnorm);
+    if (grads.drow_bias) std::copy_n(row_bias.begin(), call_.n, static_cast<T*>(grads.drow_bias));
+    if (grads.dcol_bias) std::copy_n(col_bias.begin(), m_, static_cast<T*>(grads.dcol_bias));
   }
+
+  // The gradient of one side's rows as they are compared, and from it that of the rows as they come: in the same memory where it can.
+  struct RowGradients {
+    Run& run;
+    const Rows& rows;
+    void* const result;
+    Aligned<T> memory;
+    T* sums = nullptr;  // [n, d]; null: not wanted
+
+    RowGradients(Run& run, const Rows& rows, void* result, const void* dnorm) : run(run), rows(rows), result(result) {
+      if (result && !run.call_.half) {
+        sums = static_cast<T*>(result);
+      } else if (result || dnorm) {
+        memory = aligned<T>(rows.n * run.call_.d);
+        sums = memory.get();
+        std::fill_n(sums, rows.n * run.call_.d, T(0));
+      }
+    }
+
+    // And the gradient of the norm.
+    double give_back() {
+      if (!sums) return 0;
+      const int64_t d = run.call_.d;
+      std::vector<double> along(rows.n);
+      if (run.call_.has_norm) {
+        run.by_block(rows, [&](int64_t first, int64_t n, T*) {
+          for (int64_t i = first; i < first + n; ++i) {
+            T* const sum = sums + i * d;
+            void* const to = result && run.call_.half ? static_cast<char*>(result) + rows.offset(i) : static_cast<void*>(sum);
+            along[i] = run.kernels_.give_back(rows.at(i), run.call_.half, d, rows.lengths[i], sum, to);
+          }
+        });
+      }
+      if (sums == result && rows.order) put_in_order(sums, rows.order, rows.n, d);
+      double total = 0;
+      for (double one : along) total += one;
+      return total;
+    }
+  };
 
   // Calls f(tile, scratch) for all tiles, or for those that can hold pairs of one set.
   template <class F>
@@ -343,7 +434,7 @@ class Run {
   std::vector<Id> ids_x_, ids_y_;
   std::vector<std::pair<Id, Id>> ranges_x_, ranges_y_;
   Pairs<T> pairs_;
-  Blocks x_, y_;
+  Rows x_, y_;
   int threads_;
 };
 
@@ -366,22 +457,20 @@ void row_stats(const Call& call, void* row_logs, void* row_sums, void* col_logs,
   });
 }
 
-void row_stats_backward(const Call& call, const void* row_sums, const void* row_grads, const void* col_sums, const void* col_grads,
-    void* dx, void* dy, void* drow_bias, void* dcol_bias) {
+void row_stats_backward(
+    const Call& call, const void* row_sums, const void* row_grads, const void* col_sums, const void* col_grads, const Gradients& grads) {
   with_type(call, [&](auto type) {
     using T = decltype(type);
     Run<T>(call).row_stats_backward(static_cast<const T*>(row_sums), static_cast<const T*>(row_grads), static_cast<const T*>(col_sums),
-        static_cast<const T*>(col_grads), static_cast<T*>(dx), static_cast<T*>(dy), static_cast<T*>(drow_bias),
-        static_cast<T*>(dcol_bias));
+        static_cast<const T*>(col_grads), grads);
   });
 }
 
-void pair_sum(const Call& call, bool over_positives, bool softplus, void* sums, const void* weights, void* dx, void* dy,
-    void* drow_bias, void* dcol_bias) {
+void pair_sum(const Call& call, bool over_positives, bool softplus, void* sums, const void* weights, const Gradients& grads) {
   with_type(call, [&](auto type) {
     using T = decltype(type);
-    Run<T>(call).pair_sum(over_positives ? POSITIVES : NEGATIVES, softplus, static_cast<T*>(sums), static_cast<const T*>(weights),
-        static_cast<T*>(dx), static_cast<T*>(dy), static_cast<T*>(drow_bias), static_cast<T*>(dcol_bias));
+    Run<T>(call).pair_sum(
+        over_positives ? POSITIVES : NEGATIVES, softplus, static_cast<T*>(sums), static_cast<const T*>(weights), grads);
   });
 }
 

@@ -380,18 +380,54 @@ void mirror(int n, T* z, int64_t stride) {
   }
 }
 
-template <class T>
-T longest(const T* a, int64_t n, int64_t d) {
-  T top = 0;
-  for (int64_t i = 0; i < n; ++i, a += d) {
-    Vec<T> squares = {};
-    int64_t k = 0;
-    for (; k + WIDTH<T> <= d; k += WIDTH<T>) squares += load(a + k) * load(a + k);
-    T square = sum<T>(squares);
-    for (; k < d; ++k) square += a[k] * a[k];
-    top = square > top ? square : top;
+// The sum of f(k) for k = 0 ... n - 1, in double: as many digits as a library's norms have.
+template <class F>
+inline double sum_of(int64_t n, F f) {
+  constexpr int LANES = 8;
+  double lanes[LANES] = {}, total = 0;
+  int64_t k = 0;
+  for (; k + LANES <= n; k += LANES) {
+    for (int lane = 0; lane < LANES; ++lane) lanes[lane] += f(k + lane);
   }
-  return std::sqrt(top);
+  for (; k < n; ++k) total += f(k);
+  for (double lane : lanes) total += lane;
+  return total;
+}
+
+// Rows as they come, of T or of bfloat16.
+template <class T>
+struct Numbers {
+  static PAIRLOSS_INLINE T get(const T* row, int64_t k) { return row[k]; }
+  static PAIRLOSS_INLINE T get(const uint16_t* row, int64_t k) { return T(float_of(uint32_t(row[k]) << 16)); }
+  static PAIRLOSS_INLINE void put(T v, T* row, int64_t k) { row[k] = v; }
+  static PAIRLOSS_INLINE void put(T v, uint16_t* row, int64_t k) { row[k] = uint16_t(bfloat16_bits(float(v))); }
+};
+
+template <class T, class Given>
+Length<T> read(const Given* given, int64_t d, const T* norm, T* to) {
+  constexpr T ZERO_NORM = T(1e-12);  // as in pairloss/unit.py
+  const double square = sum_of(d, [&](int64_t k) {
+    const double v = Numbers<T>::get(given, k);
+    return v * v;
+  });
+  const double length = std::sqrt(square);
+  Length<T> result{T(0), T(1), T(length)};
+  if (norm) {
+    // 1 / inf would silently give the zero vector. NaN where a library's norm overflows, as in the other engines.
+    const double inverse = !(T(square) < INFINITE<T>) ? std::numeric_limits<double>::quiet_NaN() : T(length) > ZERO_NORM ? 1 / length : 0;
+    result = {T(inverse), T(inverse * *norm), *norm};
+  }
+  for (int64_t k = 0; k < d; ++k) to[k] = Numbers<T>::get(given, k) * result.scale;
+  return result;
+}
+
+// With u = given / |given|: scale (g - u <u, g>).
+template <class T, class Given>
+double give_back(const Given* given, int64_t d, Length<T> length, const T* gradient, Given* to) {
+  const double along = length.inverse * sum_of(d, [&](int64_t k) { return double(gradient[k]) * Numbers<T>::get(given, k); });
+  const T part = T(along) * length.inverse;
+  for (int64_t k = 0; k < d; ++k) Numbers<T>::put((gradient[k] - Numbers<T>::get(given, k) * part) * length.scale, to, k);
+  return along;
 }
 
 // Calls f with the How of a tile.
@@ -414,9 +450,15 @@ constexpr Kernels<T> table() {
   k.block_size = Product::block_size;
   k.pack = Product::pack;
   k.operands_size = Product::operands_size;
-  k.longest = longest<T>;
+  k.read = [](const void* given, bool half, int64_t d, const T* norm, T* to) {
+    return half ? read(static_cast<const uint16_t*>(given), d, norm, to) : read(static_cast<const T*>(given), d, norm, to);
+  };
+  k.give_back = [](const void* given, bool half, int64_t d, Length<T> length, const T* gradient, void* to) {
+    return half ? give_back(static_cast<const uint16_t*>(given), d, length, gradient, static_cast<uint16_t*>(to))
+                : give_back(static_cast<const T*>(given), d, length, gradient, static_cast<T*>(to));
+  };
   k.products = [](const Pairs<T>& p, const Tile& t, Block<T> x, Block<T> y, const Scratch<T>& b) {
-    Product::scores(t.rows, t.cols, p.d, p.x.rows + t.i * p.d, x, y, b.z, b.stride, b.operands);
+    Product::scores(t.rows, t.cols, p.d, x, y, b.z, b.stride, b.operands);
     if (t.diagonal && !Product::COMMUTES) mirror(t.rows, b.z, b.stride);
   };
   k.add_exponentials = [](const Pairs<T>& p, const Tile& t, const Scratch<T>& b, const Sums<T>& rows, const Sums<T>* cols) {

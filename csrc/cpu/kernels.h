@@ -33,8 +33,7 @@ struct IdOf<double> {
 
 template <class T>
 struct Side {
-  const T* rows;                     // [n, d]
-  const T* bias;                     // [n], zeros where there is none
+  const T* bias;                      // [n], zeros where there is none
   const typename IdOf<T>::type* ids;  // [n]; words [words, stride]; null without ids
   int64_t stride;
 };
@@ -49,6 +48,14 @@ struct Pairs {
   bool circle;
   T m, gamma;
   T cutoff;  // -inf: none
+};
+
+// What a row is scaled by.
+template <class T>
+struct Length {
+  T inverse;  // 1 / |x|, NaN of a row that is not finite; 0 of one that counts as zero, or stays as it is
+  T scale;    // from the row as it comes to the row as it is compared
+  T after;    // the norm that it then has
 };
 
 // Anchors i, i + 1, ... against candidates j, j + 1, ...
@@ -95,15 +102,18 @@ struct Kernels {
   int panel, width;  // what the tile's sides are best multiples of, and must be multiples of
   int pair_bytes;    // of memory that a tile wants for each pair
 
+  // A row [d] as it comes, of T or `half`, of bfloat16; to: as it is compared, scaled to the norm *norm where not null.
+  Length<T> (*read)(const void* given, bool half, int64_t d, const T* norm, T* to);
+
+  // From the gradient of the row as it is compared, that of the row as it came, in its type. The result is that of the norm.
+  double (*give_back)(const void* given, bool half, int64_t d, Length<T> length, const T* gradient, void* to);
+
   // A block of rows [n, d] as the products read it, and how many numbers of memory that takes; for `roles`, some of Role.
   int64_t (*block_size)(int64_t n, int64_t d, int roles);
   void (*pack)(const T* rows, int64_t n, int64_t d, int roles, T* to);
 
   // Of a tile's memory for operands.
   int64_t (*operands_size)(int64_t rows, int64_t cols, int64_t stride, int64_t d);
-
-  // The greatest norm of the rows a [n, d].
-  T (*longest)(const T* a, int64_t n, int64_t d);
 
   // z = <x_i, y_j>, from the blocks of the tile's anchors and candidates, and the same number for z_ji on the diagonal.
   void (*products)(const Pairs<T>&, const Tile&, Block<T> x, Block<T> y, const Scratch<T>&);

@@ -1,7 +1,6 @@
 // Products of tiles, C (+)= A B, that stay in the caches of one core.
 //
-// B is packed: panels of PANEL columns, each K x PANEL without gaps, the last one filled up with zeros. A is as it comes, where its
-// numbers are factors, and C always. A tile of ROWS x PANEL of C stays in registers over up to DEPTH factors, summed in their order:
+// B is packed: panels of PANEL columns, each K x PANEL without gaps, the last one filled up with zeros. A and C are row by row. A tile of ROWS x PANEL of C stays in registers over up to DEPTH factors, summed in their order:
 // <a, b> and <b, a> round alike. A factor is one number, or as in bfloat16.h a pair that is multiplied at once.
 #pragma once
 
@@ -24,7 +23,6 @@ template <class T>
 struct Plain {
   using Sum = T;
   static constexpr int TERMS = 1;
-  static constexpr bool ROUNDS = false;
   static PAIRLOSS_INLINE T factor(T first, T) { return first; }
   static PAIRLOSS_INLINE Vec<T> add(Vec<T> total, T a, Vec<T> b) { return total + a * b; }
 };
@@ -40,7 +38,7 @@ struct Blocked {
   static int64_t block_size(int64_t n, int64_t d, int roles) { return place(n, d, roles, 2 * WEIGHTED); }
 
   static void pack(const T* rows, int64_t n, int64_t d, int roles, T* to) {
-    if (F::ROUNDS && roles & LEFT) pack_factors<false>(n, d, rows, d, to);
+    if (roles & LEFT) pack_factors<false>(n, d, rows, d, to);
     if (roles & RIGHT) pack_panels(rows, d, n, 1, d, to + place(n, d, roles, RIGHT));
     if (roles & WEIGHTED) pack_panels(rows, n, d, d, 1, to + place(n, d, roles, WEIGHTED));
   }
@@ -50,9 +48,9 @@ struct Blocked {
     return F::TERMS == 1 ? 0 : rounded_up(rows, F::TERMS) * stride;
   }
 
-  // C [m, n] = X Y^T, from the packed blocks, or from the rows of X where they are read as they are.
-  static void scores(int64_t m, int64_t n, int64_t d, const T* rows, Block<T> x, Block<T> y, T* c, int64_t stride_c, T*) {
-    product<false>(m, n, factors(d), F::ROUNDS ? x.data : rows, factors(d), y.data + place(n, d, y.roles, RIGHT), c, stride_c, false);
+  // C [m, n] = X Y^T.
+  static void scores(int64_t m, int64_t n, int64_t d, Block<T> x, Block<T> y, T* c, int64_t stride_c, T*) {
+    product<false>(m, n, factors(d), x.data, factors(d), y.data + place(n, d, y.roles, RIGHT), c, stride_c, false);
   }
 
   // Where they are not null: to_rows [rows, d] += W Y and to_cols [cols, d] += W^T X, with W [rows, cols]. `memory` of operands_size.
@@ -68,7 +66,7 @@ struct Blocked {
   // Where a role's operand begins in a block that has `roles`: they come in Role's order.
   static int64_t place(int64_t n, int64_t d, int roles, int role) {
     int64_t at = 0;
-    if (F::ROUNDS && role > LEFT && roles & LEFT) at += rounded_up(n * factors(d), PADDING);
+    if (role > LEFT && roles & LEFT) at += rounded_up(n * factors(d), PADDING);
     if (role > RIGHT && roles & RIGHT) at += rounded_up(n, PANEL<T>) * factors(d);
     if (role > WEIGHTED && roles & WEIGHTED) at += rounded_up(d, PANEL<T>) * factors(n);
     return at;

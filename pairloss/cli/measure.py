@@ -17,7 +17,7 @@ from ..prepare import prepare
 def call_for(features: Tensor, labels: Tensor, tau: float, metric: str) -> Call:
     """The call that pairloss.snnl makes of these arguments."""
     rows = prepare(features, None, tau, metric, None, None)
-    return Call(rows.x, None, labels, None, 0, rows.row_bias, None, rows.product_dtype, logit_bound=rows.logit_bound)
+    return Call(rows.x, None, rows.norm, labels, None, 0, rows.row_bias, None, rows.product_dtype, logit_bound=rows.logit_bound)
 
 
 def small_call(device: torch.device, dtype: torch.dtype) -> Call:
