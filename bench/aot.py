@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -67,16 +67,16 @@ def launches(arch: int, dtype: torch.dtype, d: int, modes: Iterable[str]) -> Ite
     everything = Call(x, None, None, None, None, 0, None, None, dtype, logit_bound=20.0)
     calls = {
         "all": everything,
-        "ids": replace(everything, ids_x=ids),
-        "ids, any tau": replace(everything, ids_x=ids, logit_bound=float("inf")),
-        "ids, bias": replace(everything, ids_x=ids, row_bias=torch.zeros(n), logit_bound=float("inf")),
-        "two sets": replace(everything, y=y, ids_x=ids, ids_y=ids, self_offset=None),
-        "both sides": replace(everything, y=y, both_sides=True, self_offset=None),
-        "circle": replace(everything, ids_x=ids, score="circle", m=0.25, gamma=256.0, logit_bound=float("inf")),
-        "cutoff": replace(everything, y=y, cutoff=torch.tensor(0.5), self_offset=None),
+        "ids": everything._replace(ids_x=ids),
+        "ids, any tau": everything._replace(ids_x=ids, logit_bound=float("inf")),
+        "ids, bias": everything._replace(ids_x=ids, row_bias=torch.zeros(n), logit_bound=float("inf")),
+        "two sets": everything._replace(y=y, ids_x=ids, ids_y=ids, self_offset=None),
+        "both sides": everything._replace(y=y, both_sides=True, self_offset=None),
+        "circle": everything._replace(ids_x=ids, score="circle", m=0.25, gamma=256.0, logit_bound=float("inf")),
+        "cutoff": everything._replace(y=y, cutoff=torch.tensor(0.5), self_offset=None),
         # sums of pairs: x against itself with both roles and a bias, and two sets without ids
-        "positives": replace(everything, ids_x=ids, row_bias=torch.zeros(n)),
-        "negatives": replace(everything, y=y, row_bias=torch.zeros(n), col_bias=torch.zeros(n), self_offset=None),
+        "positives": everything._replace(ids_x=ids, row_bias=torch.zeros(n)),
+        "negatives": everything._replace(y=y, row_bias=torch.zeros(n), col_bias=torch.zeros(n), self_offset=None),
     }
     assert set(calls) == set(MODES)
     for mode in modes:

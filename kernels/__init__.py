@@ -9,6 +9,7 @@ import re
 import torch
 from torch import Tensor
 
+from .. import selection
 from ..engines import Call, Statistics, SumsAndGrads, weights_of, with_logs
 
 OLDEST_TRITON = (3, 6)  # the oldest seen: bench/notes.md
@@ -31,6 +32,9 @@ def label_order_pays(call: Call) -> bool:
 
 def arranges(call: Call) -> bool:
     return False
+
+
+own_products_fwd, own_products_bwd = selection.own_products_fwd, selection.own_products_bwd
 
 
 def row_stats_fwd(call: Call) -> Statistics:

@@ -145,4 +145,4 @@ def _total_weight(losses: Tensor, skipped: Tensor | None, weight: Tensor | None)
     else:  # not ranks.count, for which the host would wait
         counted = torch.ones_like(losses, dtype=torch.bool)
     total = ranks.total(counted.sum())
-    return total.masked_fill(total == 0, 1)
+    return total.clamp(min=1) if weight is None else total.masked_fill(total == 0, 1)

@@ -27,6 +27,7 @@ DIFFERENTIABLE = (0, 1, 2, 6, 7)  # x, y, norm, row_bias, col_bias
 _ROW_STATS = f"{_PAIRS}, Tensor? cutoff, str score, float m, float gamma, bool both_sides, float logit_bound, str? backend"
 _PAIR_SUM = f"{_PAIRS}, str over, str term, str? backend"
 _SELECTED = "Tensor x, Tensor y, Tensor index, ScalarType product_dtype"
+_OWN = "Tensor x, Tensor y, Tensor? norm, ScalarType product_dtype, str? backend"
 
 # row_sums and col_sums are for the backward pass: what the statistics are the logarithms of.
 _library.define(f"row_stats({_ROW_STATS}) -> (Tensor rows, Tensor cols, Tensor row_sums, Tensor col_sums)")
@@ -39,6 +40,8 @@ _library.define(f"pair_sum_with_grads({_PAIR_SUM}, Tensor weights, bool[] needs)
 _library.define(f"top_k({_PAIRS}, Tensor? cutoff, int k) -> Tensor")
 _library.define(f"selected_products({_SELECTED}) -> Tensor")
 _library.define(f"selected_products_backward({_SELECTED}, Tensor weights, bool[] needs) -> Tensor[]")
+_library.define(f"own_products({_OWN}) -> Tensor")
+_library.define(f"own_products_backward({_OWN}, Tensor weights, bool[] needs) -> Tensor[]")
 
 
 def _row_stats(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -96,6 +99,26 @@ def _top_k(*args: Any) -> Tensor:
         return selection.top_k(call, k)
 
 
+def _own_products(*args: Any) -> Tensor:
+    arranged, engine = _own(args)
+    return engine.own_products_fwd(arranged.call)
+
+
+def _own_products_backward(*args: Any) -> list[Tensor]:
+    *args_of_forward, weights, needs = args
+    arranged, engine = _own(args_of_forward)
+    *of_rows, norm = needs
+    grads = engine.own_products_bwd(arranged.call, weights, arranged.needs([*of_rows, norm, False, False]))
+    return _needed(arranged.from_grads(*grads, None, None)[:3], needs)
+
+
+def _own(args: Any) -> Any:
+    x, y, norm, product_dtype, backend = args
+    call = Call(x, y, norm, None, None, None, None, None, product_dtype)
+    engine = engines.choose(call, backend)
+    return Arrangement(call, engine), engine
+
+
 def _needed(grads: list[Tensor | None], needs: list[bool]) -> list[Tensor]:
     return [grad for grad, need in zip(grads, needs, strict=True) if need and grad is not None]
 
@@ -130,6 +153,8 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "top_k": (_top_k, lambda *args: args[0].new_empty(args[0].shape[0], args[-1], dtype=torch.int32)),
     "selected_products": (selection.products, lambda x, y, index, _: x.new_empty(index.shape)),
     "selected_products_backward": (selection.products_backward, lambda *args: _fake_grads([args[0], args[1]], args[-1])),
+    "own_products": (_own_products, _sums_fake),
+    "own_products_backward": (_own_products_backward, lambda *args: _fake_grads(list(args[:3]), args[-1])),
 }
 for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
@@ -175,12 +200,13 @@ class RowStats(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)  # or zeros would be made for each of those
         save(ctx, inputs, *output[2:])
 
     @staticmethod
-    def backward(ctx: Any, grad_rows: Tensor, grad_cols: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_rows: Tensor | None, grad_cols: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         inputs, (row_sums, col_sums) = saved(ctx)
-        args = [*inputs, row_sums, grad_rows, col_sums, grad_cols]
+        args = [*inputs, row_sums, _or_zeros(grad_rows, row_sums), col_sums, _or_zeros(grad_cols, col_sums)]
         return _backward(ctx, torch.ops.pairloss.row_stats_backward, DIFFERENTIABLE, args)
 
 
@@ -219,12 +245,15 @@ class PairTotal(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
         save(ctx, inputs, *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         (*args, weights, formed), (sums, *grads) = saved(ctx)
         result: list[Tensor | None] = [None] * len(ctx.inputs)
+        if grad is None:
+            return tuple(result)
         if any(ctx.needs_input_grad[i] and not has for i, has in zip(DIFFERENTIABLE, formed, strict=True)):
             # An outer torch.func transform wants what the inner one, which formed the gradient, did not.
             result = list(_backward(ctx, torch.ops.pairloss.pair_sum_backward, DIFFERENTIABLE, [*args, grad * weights]))
@@ -236,6 +265,10 @@ class PairTotal(torch.autograd.Function):
         for i, v in zip((i for i, has in zip(DIFFERENTIABLE, formed, strict=True) if has), scaled, strict=True):
             result[i] = v
         return tuple(result)
+
+
+def _or_zeros(grad: Tensor | None, sums: Tensor) -> Tensor:
+    return torch.zeros_like(sums[0]) if grad is None else grad
 
 
 def _multiplied(count: int, factor: Tensor, *tensors: Tensor) -> list[Tensor]:
@@ -255,6 +288,21 @@ class SelectedProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _backward(ctx, torch.ops.pairloss.selected_products_backward, (0, 1), [*saved(ctx)[0], grad])
+
+
+class OwnProducts(torch.autograd.Function):
+    @staticmethod
+    @positional
+    def forward(x: Tensor, y: Tensor, norm: Any, product_dtype: torch.dtype, backend: Any) -> Any:
+        return torch.ops.pairloss.own_products(x, y, norm, product_dtype, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        save(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, torch.ops.pairloss.own_products_backward, (0, 1, 2), [*saved(ctx)[0], grad])
 
 
 def _once(op: Any, *args: Any) -> Any:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from . import anchors, checks, groups, ops, ranks
-from .prepare import Rows, loss_dtype, prepare, real_view
-from .reference import masked_logsumexp
+from .engines import without_autocast
+from .prepare import Rows, loss_dtype, of_temperature, prepare, real_view
+from .reference import masked_logsumexp, rounded
 
 
 def contrastive(
@@ -86,7 +87,7 @@ def contrastive(
     tau = checks.temperature("tau", tau, query, dtype)
 
     keys = key if negative_keys is None else torch.cat([key, negative_keys.flatten(0, -2)])
-    rows = prepare(real_view(query), real_view(keys), tau, metric, None, None).normalised()
+    rows = prepare(real_view(query), real_view(keys), of_temperature(tau), metric, None, None)
     assert rows.y is not None
     own, others = rows.y[: query.shape[0]], rows.y[query.shape[0] :]
     key_bias, negative_bias = (None if bias is None else bias.to(dtype) for bias in (key_bias, negative_bias))
@@ -94,28 +95,31 @@ def contrastive(
 
     if top_k is not None and top_k >= _most_negatives(query, negative_keys, in_batch):
         top_k = None
+    batch = Candidates(rows.against(own, key_bias), ids, ids, 0, cutoff, backend)
     negatives: list[Tensor] = []  # of each source a log-sum [N, 1], or with top_k the logits of the greatest [N, K]
     neg_of_key = None
-    if in_batch:
-        batch = Candidates(rows.against(own, key_bias), ids, ids, 0, cutoff, backend)
-        neg, neg_of_key = batch.log_sums_or_hardest(top_k, both_sides)
-        negatives.append(neg)
+    if in_batch and top_k is None:
+        pos, neg, neg_of_key = batch.log_sums(both_sides)
+        negatives.append(neg[:, None])
+    else:
+        pos = batch.own_logits()
+        if in_batch and top_k is not None:
+            negatives.append(batch.hardest(top_k))
+            neg_of_key = _log_sum(batch.swapped().hardest(top_k)) if both_sides else None
     if negative_keys is not None and negative_keys.ndim == 2:
         ids_x = None if negative_ids is None else ids
         shared = Candidates(rows.against(others, negative_bias), ids_x, negative_ids, None, cutoff, backend)
-        negatives.append(shared.log_sums_or_hardest(top_k)[0])
+        negatives.append(shared.log_sums()[1][:, None] if top_k is None else shared.hardest(top_k))
     elif negative_keys is not None:
         each = others.view(*negative_keys.shape[:2], others.shape[1])
         negatives.append(_logits_of_each(rows, each, negative_bias, ids, negative_ids, cutoff))
     z = torch.cat(negatives, 1)
     neg = _log_sum(z if top_k is None else z.topk(min(top_k, z.shape[1]), dim=1).values)
 
-    pos = rows.products(own)
-    if key_bias is not None:
-        pos = pos + key_bias
     losses = anchors.softplus(neg - pos)
-    if neg_of_key is not None:
-        margin = _log_sum(neg_of_key) - pos
+    if both_sides:
+        assert neg_of_key is not None
+        margin = neg_of_key - pos if key_bias is None or top_k is None else neg_of_key + key_bias - pos
         if key_bias is not None:  # a masked key is no anchor
             margin = margin.masked_fill(key_bias == -torch.inf, -torch.inf)
         losses = (losses + anchors.softplus(margin)) / 2
@@ -161,9 +165,9 @@ def simple_contrastive(
     checks.paired("query", query, "key", key, None, weight)
     rows = prepare(real_view(query), real_view(key), 1.0, metric, None, None).normalised()
     assert rows.y is not None
-    pos = rows.products(rows.y)
+    pos = rows.products(rows.y, backend)
     if top_k is None or top_k >= ranks.count(query.shape[0]) - 1:
-        negatives = rows.products(ranks.total(rows.y.sum(0)).expand_as(rows.x)) - pos
+        negatives = rows.products(ranks.total(rows.y.sum(0)).expand_as(rows.x), backend) - pos
     else:
         hardest = Candidates(rows, None, None, 0, None, backend).hardest(top_k)
         negatives = torch.where(hardest == -torch.inf, 0, hardest).sum(1)
@@ -236,27 +240,34 @@ def nt_xent(
         raise ValueError(f"metric: expected 'cosine' with tau_plus or beta, whose lower bound is of cosines, got {metric!r}")
     tau = checks.temperature("tau", tau, view_a, loss_dtype(view_a))
 
-    item = torch.arange(view_a.shape[0], device=view_a.device) + ranks.first(view_a.shape[0]) if ids is None else ids.long()
-    both = item.repeat(2)
-    rows = prepare(real_view(torch.cat([view_a, view_b])), None, tau, metric, None, None).normalised()
-    pos = rows.products(rows.x.roll(view_a.shape[0], 0))
-    neg = _hard_log_sum(rows, both, beta, backend) if beta else rows.row_stats(both, None, 0, backend=backend)[0][1]
+    item = ranks.numbers(view_a) if ids is None else ids.long()
+    both = torch.cat([item, item])
+    pairs = prepare(real_view(view_a), real_view(view_b), of_temperature(tau), metric, None, None)
+    assert pairs.y is not None
+    rows = pairs._replace(x=torch.cat([pairs.x, pairs.y]), y=None)
+    if ids is None and not beta:  # the other view is the only one with the anchor's id: one pass for both
+        (pos, neg), _ = rows.row_stats(both, None, 0, backend=backend)
+    else:
+        own = pairs.products(pairs.y, backend)
+        pos = torch.cat([own, own])
+        neg = _hard_log_sum(rows, both, beta, backend) if beta else rows.row_stats(both, None, 0, backend=backend)[0][1]
     none = neg == -torch.inf if decoupled else None
     if tau_plus or beta:
         neg = _debiased(neg, pos, (ranks.count(len(both)) - groups.count(both, both)).to(neg.dtype), tau_plus, tau)
     losses = anchors.softplus(neg - pos) if none is None else (neg - pos).masked_fill(none, 0)
-    return anchors.reduce(losses, none, None if weight is None else weight.repeat(2), reduction)
+    return anchors.reduce(losses, none, None if weight is None else torch.cat([weight, weight]), reduction)
 
 
 def _hard_log_sum(rows: Rows, ids: Tensor, beta: float, backend: str | None) -> Tensor:
     """log of sum_k e^((beta + 1) z) over the mean of e^(beta z)."""
     neg = []
     for factor in (beta + 1, beta):
-        scaled = rows._replace(x=rows.x * math.sqrt(factor), logit_bound=rows.logit_bound * factor)
+        assert rows.norm is not None
+        scaled = rows._replace(norm=rows.norm * math.sqrt(factor), logit_bound=rows.logit_bound * factor)
         neg.append(scaled.row_stats(ids, None, 0, backend=backend)[0][1])
     size = (ranks.count(len(ids)) - groups.count(ids, ids)).to(neg[0].dtype)
-    empty = size == 0
-    return torch.where(empty, -torch.inf, neg[0] - torch.where(empty, 0, neg[1]) + torch.where(empty, 1, size).log()) + rows.poison
+    empty, poison = size == 0, rows.normalised().poison
+    return torch.where(empty, -torch.inf, neg[0] - torch.where(empty, 0, neg[1]) + torch.where(empty, 1, size).log()) + poison
 
 
 def _debiased(neg: Tensor, pos: Tensor, size: Tensor, tau_plus: float, tau: float | Tensor) -> Tensor:
@@ -280,17 +291,29 @@ class Candidates(NamedTuple):
     cutoff: Tensor | None
     backend: str | None
 
-    def log_sums(self, both_sides: bool = False) -> tuple[Tensor, Tensor]:
-        """[N] and, with both_sides, [M]."""
+    def own_logits(self) -> Tensor:
+        """[N], of each anchor with the row of y beside it."""
+        assert self.rows.y is not None
+        z = self.rows.products(self.rows.y, self.backend)
+        return z if self.rows.col_bias is None else z + self.rows.col_bias
+
+    def log_sums(self, both_sides: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """The own logits [N] (of self_offset 0), and the log-sums over the negatives: of the anchors [N], and with both_sides of the
+        candidates [M]."""
         how = {"cutoff": self.cutoff, "both_sides": both_sides, "backend": self.backend}
+        if self.self_offset == 0 and self.ids_x is None:  # the own candidate as the only one with the anchor's id: one pass for both
+            number = ranks.numbers(self.rows.x)
+            (pos, neg), cols = self.rows.row_stats(number, number, None, **how)
+            return pos, neg, cols[1]
         rows, cols = self.rows.row_stats(self.ids_x, self.ids_y, self.self_offset, **how)
-        return rows[-1], cols[-1]
+        return self.own_logits() if self.self_offset == 0 else rows[-1], rows[-1], cols[-1]
 
     def hardest(self, k: int) -> Tensor:
         """[N, K]: the K greatest logits; -inf where there are fewer."""
-        x, y, bias = self.rows.x, self.rows.y, self.rows.col_bias
+        rows = self.rows.normalised()
+        x, y, bias = rows.x, rows.y, rows.col_bias
         assert y is not None
-        dtype = self.rows.product_dtype
+        dtype = rows.product_dtype
         pairs = (self.ids_x, self.ids_y, self.self_offset, bias, self.cutoff)
         index = ops.top_k(x, y, min(k, ranks.count(y.shape[0])), *pairs, product_dtype=dtype, backend=self.backend)
         z = ops.selected_products(x, y, index, product_dtype=dtype)
@@ -300,16 +323,6 @@ class Candidates(NamedTuple):
         """The candidates as anchors, without biases: for each of them, its own is a constant."""
         assert self.rows.y is not None
         return self._replace(rows=self.rows._replace(x=self.rows.y, y=self.rows.x, col_bias=None), ids_x=self.ids_y, ids_y=self.ids_x)
-
-    def log_sums_or_hardest(self, top_k: int | None, both_sides: bool = False) -> tuple[Tensor, Tensor | None]:
-        """[N, 1] log-sums or [N, K] logits, and with both_sides those of the candidates as anchors."""
-        if top_k is None:
-            of_rows, of_cols = self.log_sums(both_sides)
-            return of_rows[:, None], of_cols[:, None] if both_sides else None
-        if not both_sides:
-            return self.hardest(top_k), None
-        bias, of_cols = self.rows.col_bias, self.swapped().hardest(top_k)
-        return self.hardest(top_k), of_cols if bias is None else of_cols + bias[:, None]
 
 
 def _most_negatives(query: Tensor, negative_keys: Tensor | None, in_batch: bool) -> int:
@@ -324,7 +337,11 @@ def _logits_of_each(
     rows: Rows, keys: Tensor, bias: Tensor | None, ids: Tensor | None, key_ids: Tensor | None, cutoff: Tensor | None
 ) -> Tensor:
     """[N, M]: the logits of M keys of its own for each query; no larger than the keys themselves."""
-    z = rows.products(keys)
+    unit = rows.against(keys.flatten(0, 1), None).normalised()
+    assert unit.y is not None
+    x, y = rounded(unit.x, rows.product_dtype), rounded(unit.y, rows.product_dtype).view_as(keys)
+    with without_autocast(x):
+        z = torch.einsum("nd,nmd->nm", x, y)
     if cutoff is not None:
         z = z.masked_fill(z < cutoff, -torch.inf)
     if ids is not None and key_ids is not None:
@@ -334,7 +351,7 @@ def _logits_of_each(
 
 def _log_sum(z: Tensor) -> Tensor:
     """log sum exp of each row; -inf, with gradient 0, where all of it is -inf."""
-    return masked_logsumexp(z, z != -torch.inf, 1)
+    return z[:, 0] if z.shape[1] == 1 else masked_logsumexp(z, z != -torch.inf, 1)
 
 
 def _check_negatives(

@@ -72,6 +72,18 @@ def pair_sum_fwd_bwd(call: Call, over: str, term: str, with_sums: bool, weights:
     return sums, grads
 
 
+def own_products_fwd(call: Call) -> Tensor:
+    arguments, products = _Arguments(call), call.x.new_empty(call.x.shape[0], dtype=call.dtype)
+    _cpu.own_products(arguments.call, _address(products))
+    return products
+
+
+def own_products_bwd(call: Call, weights: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    arguments, grads, weights = _Arguments(call), zero_grads(call, needs), weights.contiguous()
+    _cpu.own_products_backward(arguments.call, *map(_address, (weights, *grads[:3])))
+    return grads[:3]
+
+
 class _Arguments:
     """The call for C++, and the tensors that it points into."""
 

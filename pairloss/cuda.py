@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import operands
+from . import operands, selection
 from .engines import Call, Statistics, SumsAndGrads, tile_size, weights_of, with_logs
 from .operands import GROUPS, NO_SHIFT, SETS
 
@@ -63,6 +63,9 @@ def label_order_pays(call: Call) -> bool:
 
 def arranges(call: Call) -> bool:
     return False
+
+
+own_products_fwd, own_products_bwd = selection.own_products_fwd, selection.own_products_bwd
 
 
 def row_stats_fwd(call: Call) -> Statistics:

@@ -1,6 +1,6 @@
 """The table of engines and the one place that chooses between them.
 
-An engine is a module with six functions; a new one is that module and a line in ENGINES:
+An engine is a module with eight functions; a new one is that module and a line in ENGINES:
 
     why_not(call) -> str | None                                why it can't run this call, None if it can
     label_order_pays(call) -> bool                             whether rows sorted by label make it faster
@@ -14,6 +14,9 @@ An engine is a module with six functions; a new one is that module and a line in
     pair_sum_fwd_bwd(call, over, term, with_sums,              sum of term(z) over one set of each row, None unless with_sums; and
         weights, needs)                                        with weights [N], which may be None, from W_ij = weights_i term'(z_ij)
         -> (sums [N], [dx, dy, dnorm, drow_bias, dcol_bias])
+    own_products_fwd(call)                                     <x_i, y_i> of rows that stand beside each other, [N]; selection.py has
+    own_products_bwd(call, weights, needs)                     these two for engines that have none of their own
+        -> [dx, dy, dnorm]
 
 In row_stats sums are [2, K, N] (columns: [2, K, M], M = 0 without both_sides): the sum is s e^m, a weight g e^-m likewise. The pair
 spans any temperature, and unlike a rounded logarithm of the sum it gives weights that add up to 1. An empty set has the sum
@@ -25,8 +28,8 @@ import importlib
 import math
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,8 +56,7 @@ Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
 SumsAndGrads = tuple[Tensor | None, list[Tensor | None]]
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What an engine is asked for: the arguments of pairloss.ops.row_stats and pair_sum, checked."""
 
     x: Tensor
@@ -100,7 +102,7 @@ class Call:
 
 
 def statistics_dtype(rows: Tensor) -> torch.dtype:
-    return torch.promote_types(rows.dtype, torch.float32)
+    return torch.float64 if rows.dtype == torch.float64 else torch.float32
 
 
 def tile_size(default: int) -> int:

@@ -27,7 +27,7 @@ def positives(rows: Rows, ids: Tensor, ref_ids: Tensor | None, backend: str | No
     members, others = count(ids, candidate_ids), class_sums(candidates, candidate_ids, ids)
     if itself:
         members, others = members - 1, others - rows.x
-    return rows.products(others).masked_fill(members == 0, 0), members + rows.poison
+    return rows.products(others, backend).masked_fill(members == 0, 0), members + rows.poison
 
 
 def count(ids: Tensor, candidate_ids: Tensor) -> Tensor:

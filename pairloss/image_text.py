@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import anchors, checks, ops, ranks
 from .contrastive import Candidates
-from .prepare import loss_dtype, prepare, real_view
+from .prepare import loss_dtype, of_multiplier, prepare, real_view
 
 
 def clip(
@@ -62,17 +62,17 @@ def clip(
     if label_smoothing and ids is not None:
         raise ValueError(f"label_smoothing: expected 0 with ids, whose copies it would spread weight on, got {label_smoothing}")
     logit_scale = checks.temperature("logit_scale", logit_scale, image, loss_dtype(image))
-    rows = prepare(real_view(image), real_view(text), 1 / logit_scale, metric, None, None).normalised()
+    rows = prepare(real_view(image), real_view(text), of_multiplier(logit_scale), metric, None, None)
     assert rows.y is not None
-    pos = rows.products(rows.y)
-    neg_image, neg_text = Candidates(rows, ids, ids, 0, None, backend).log_sums(both_sides=True)
+    pos, neg_image, neg_text = Candidates(rows, ids, ids, 0, None, backend).log_sums(both_sides=True)
     losses = (anchors.softplus(neg_image - pos) + anchors.softplus(neg_text - pos)) / 2
     if label_smoothing:
+        rows, n = rows.normalised(), ranks.count(image.shape[0])
+        assert rows.y is not None
         swapped = rows._replace(x=rows.y)
-        n = ranks.count(image.shape[0])
         mean_image, mean_text = (ranks.total(v.sum(0)).div(n).expand_as(v) for v in (rows.x, rows.y))
-        mean = (rows.products(mean_text) + swapped.products(mean_image)) / 2
-        losses = losses + label_smoothing * (pos - mean)
+        mean = (rows.products(mean_text, backend) + swapped.products(mean_image, backend)) / 2
+        losses = losses + label_smoothing * (rows.products(rows.y, backend) - mean)
     return anchors.reduce(losses, None, weight, reduction)
 
 
@@ -129,14 +129,14 @@ def siglip(
     dtype = loss_dtype(image)
     logit_scale = checks.temperature("logit_scale", logit_scale, image, dtype)
     logit_bias = checks.scalar("logit_bias", logit_bias, image, dtype)
-    rows = prepare(real_view(image), real_view(text), 1 / logit_scale, metric, None, None).normalised()
+    rows = prepare(real_view(image), real_view(text), of_multiplier(logit_scale), metric, None, None)
     assert rows.y is not None
     bias = torch.as_tensor(logit_bias, dtype=dtype, device=image.device)
-    positives = anchors.softplus(-bias - rows.products(rows.y))
+    positives = anchors.softplus(-bias - rows.products(rows.y, backend))
     weights = None if reduction == "none" else anchors.shares(positives, weight, reduction)
     negatives = ops.pair_sum(
         rows.x, rows.y, ids, ids, 0, bias.expand(image.shape[0]),
-        over="negatives", weights=weights, product_dtype=rows.product_dtype, backend=backend,
+        norm=rows.norm, over="negatives", weights=weights, product_dtype=rows.product_dtype, backend=backend,
     )  # fmt: skip
     if weights is None:
         return anchors.reduce(positives + negatives, None, weight, reduction)

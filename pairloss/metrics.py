@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import anchors, checks, groups, ranks
-from .prepare import loss_dtype, prepare, real_view
+from .prepare import loss_dtype, of_multiplier, prepare, real_view
 from .reference import masked_logsumexp
 from .unit import unit
 
@@ -36,7 +36,7 @@ def uniformity(x: Tensor, t: float = 2.0, *, metric: str = "cosine", backend: st
     checks.choice("metric", metric, ("cosine", "sqeuclidean"))
     checks.features("x", x)
     cosine, n = metric == "cosine", ranks.count(x.shape[0])
-    rows = prepare(real_view(x), None, 0.5 / t if cosine else 1 / t, metric, None, None)
+    rows = prepare(real_view(x), None, of_multiplier(2 * t), metric, None, None)
     (z,), _ = rows.row_stats(None, None, 0, backend=backend)
     z = ranks.gathered(z)
     if n == 1:
@@ -121,7 +121,7 @@ def tolerance(
     checks.features("features", features)
     checks.labels("labels", labels, features, multi_hot=False)
     rows, n = prepare(real_view(features), None, 1.0, metric, None, None).normalised(), ranks.count(features.shape[0])
-    total, _ = groups.positives(rows, labels.long(), None, None)
+    total, _ = groups.positives(rows, labels.long(), None, backend)
     if include_self:
-        return ranks.total((total + rows.products(rows.x)).sum()) / n**2
+        return ranks.total((total + rows.products(rows.x, backend)).sum()) / n**2
     return ranks.total(total.sum() / max(1, n * (n - 1)) + rows.poison.sum())

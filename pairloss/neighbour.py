@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import anchors, checks, ranks
-from .prepare import loss_dtype, prepare, real_view
+from .prepare import loss_dtype, of_temperature, prepare, real_view
 
 
 def snnl(
@@ -86,7 +86,8 @@ def snnl(
     )
     given = anchors.labelled(features, labels, ref_features, ref_labels, weight, class_weight, ignore_index)
     tau = checks.temperature("tau", tau, features, given.dtype)
-    rows = prepare(given.features, given.ref_features, tau, metric, given.ignored, given.ref_ignored)
+    scale = of_temperature(tau / 2 if metric == "sqeuclidean" else tau)
+    rows = prepare(given.features, given.ref_features, scale, metric, given.ignored, given.ref_ignored)
     (pos, neg), _ = rows.row_stats(given.ids, given.ref_ids, given.self_offset, backend=backend)
 
     if eps:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from . import engines, over_ranks, ranks, reference
-from .autograd import PairSum, PairTotal, RowStats, SelectedProducts
+from .autograd import OwnProducts, PairSum, PairTotal, RowStats, SelectedProducts
 from .engines import Call, statistics_dtype
+from .reference import rounded
 from .unit import unit
 
 SCORES = ("linear", "circle")
@@ -217,6 +218,19 @@ def selected_products(x: Tensor, y: Tensor, index: Tensor, *, product_dtype: tor
     if (spread := ranks.current()) is not None:
         return over_ranks.selected_products(spread, x, y, index, product_dtype or x.dtype)
     return SelectedProducts.apply(x, y, index, product_dtype or x.dtype)
+
+
+def own_products(
+    x: Tensor, y: Tensor, *, norm: Tensor | None = None, product_dtype: torch.dtype | None = None, backend: str | None = None
+) -> Tensor:
+    """<x_i, y_i> of the rows of x and y [N, D], which stand beside each other; norm, product_dtype and backend as in :func:`row_stats`."""
+    backend, product_dtype = _backend(backend), product_dtype or x.dtype
+    if backend == engines.REFERENCE:
+        x, other, _ = _normalised(x, y, norm, backend)
+        assert other is not None
+        return (rounded(x, product_dtype) * rounded(other, product_dtype)).sum(1)
+    # Never one tensor twice, which dynamo refuses.
+    return OwnProducts.apply(x, y.view_as(y) if y is x else y, norm, product_dtype, backend)
 
 
 def _int64(ids_x: Tensor | None, ids_y: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

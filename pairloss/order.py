@@ -1,7 +1,6 @@
 """How rows are arranged for an engine: normalised, and sorted by label, so that most tiles hold no positives and need no mask. Counts
 and sums over classes."""
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ class Arrangement:
             x, y = (_take(self._of_norm(rows), order, 0) for rows, order in ((call.x, self.order_x), (call.y, self.order_y)))
             changes |= {"x": x, "y": y, "norm": None}
             self.poison = None if call.norm is None else x[:, 0] * 0  # what is NaN in one column is in all
-        self.call = dataclasses.replace(call, **changes) if changes else call
+        self.call = call._replace(**changes) if changes else call
 
     def _of_norm(self, rows: Tensor | None) -> Any:
         return rows if rows is None or self.given.norm is None else unit.scaled(rows.to(self.given.dtype), self.given.norm)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops, ranks
-from .engines import statistics_dtype, without_autocast
+from .engines import statistics_dtype
 from .reference import rounded
 from .unit import unit
 
@@ -38,7 +38,8 @@ class Rows(NamedTuple):
 
     @property
     def poison(self) -> Tensor:
-        """[N]: NaN for an anchor with a value that is not finite (or all, where tau is not > 0), else 0."""
+        """[N], of rows as they are compared: NaN for an anchor with a value that is not finite (or all, where tau is not > 0), else 0."""
+        assert self.norm is None
         return self.x.detach()[:, 0] * 0  # what is NaN in one column is in all
 
     def row_stats(self, ids_x: Tensor | None = None, ids_y: Tensor | None = None, self_offset: int | None = None, **how: Any) -> Any:
@@ -58,37 +59,43 @@ class Rows(NamedTuple):
         )
         return rows if self.norm is not None else rows + self.poison, cols
 
-    def products(self, y: Tensor) -> Tensor:
-        """The product of each anchor with the row of y [N, D] beside it, or with those of y [N, M, D]; rounded as engines round."""
-        x, y = rounded(self.x, self.product_dtype), rounded(y, self.product_dtype)
-        if y.ndim == 2:
-            return (x * y).sum(1)
-        with without_autocast(x):
-            return torch.einsum("nd,nmd->nm", x, y)
+    def products(self, y: Tensor, backend: str | None) -> Tensor:
+        """[N]: the product of each anchor with the row of y [N, D] beside it."""
+        return ops.own_products(self.x, y, norm=self.norm, product_dtype=self.product_dtype, backend=backend)
 
     def against(self, y: Tensor, col_bias: Tensor | None) -> "Rows":
         """The same anchors with other candidates."""
         return self._replace(y=y, col_bias=col_bias, logit_bound=self.logit_bound if col_bias is None else math.inf)
 
 
-def prepare(
-    features: Tensor, ref_features: Tensor | None, tau: float | Tensor, metric: str, ignored: Tensor | None, ref_ignored: Tensor | None
-) -> Rows:
-    """Rows and biases whose logits are the similarities divided by tau.
+def of_temperature(tau: float | Tensor) -> float | Tensor:
+    """The scale of rows whose similarities are divided by tau. Not a number > 0 where tau is not."""
+    return tau.rsqrt() if isinstance(tau, Tensor) else tau**-0.5
 
-    cosine: <a, b> / (|a| |b| tau); dot: <a, b> / tau; sqeuclidean: -|a - b|^2 / tau. Rows with a norm below 1e-12 are the
-    zero vector under cosine, with gradient 0. A row that is ignored (bool [N]) is zeroed and gets the bias -inf; in any
-    other row a value that is not finite makes the whole row NaN, so that it can't hide behind a logit of -inf.
+
+def of_multiplier(factor: float | Tensor) -> float | Tensor:
+    return factor.sqrt() if isinstance(factor, Tensor) else factor**0.5
+
+
+def prepare(
+    features: Tensor, ref_features: Tensor | None, scale: float | Tensor, metric: str, ignored: Tensor | None, ref_ignored: Tensor | None
+) -> Rows:
+    """Rows and biases whose logits are the similarities times scale^2, or NaN where scale is not a number > 0.
+
+    cosine: <a, b> / (|a| |b|); dot: <a, b>; sqeuclidean: -|a - b|^2 / 2. Rows with a norm below 1e-12 are the zero vector under cosine,
+    with gradient 0. A row that is ignored (bool [N]) is zeroed and gets the bias -inf; in any other row a value that is not finite
+    makes the whole row NaN, so that it can't hide behind a logit of -inf.
     """
     product_dtype = _product_dtype(features)
-    scale = _inverse_sqrt(tau / 2 if metric == "sqeuclidean" else tau)
     dtype = loss_dtype(features)
     x, row_bias = _cleared(features, ignored, dtype)
     y, col_bias = (None, None) if ref_features is None else _cleared(ref_features.to(features.dtype), ref_ignored, dtype)
     if metric == "cosine":
         norm = scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=dtype, device=x.device)
-        return Rows(x, y, norm, row_bias, col_bias, product_dtype, 1 / tau if isinstance(tau, float) else math.inf)
+        return Rows(x, y, norm, row_bias, col_bias, product_dtype, math.inf if isinstance(scale, Tensor) else scale**2)
 
+    if isinstance(scale, Tensor):
+        scale = scale / (scale > 0)
     x = _poisoned(x.to(dtype) * scale, product_dtype)
     y = None if y is None else _poisoned(y.to(dtype) * scale, product_dtype)
     if metric == "sqeuclidean":
@@ -118,12 +125,6 @@ def _product_dtype(features: Tensor) -> torch.dtype:
     if features.dtype == torch.float32 and device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return features.dtype
-
-
-def _inverse_sqrt(tau: float | Tensor) -> float | Tensor:
-    if isinstance(tau, Tensor):
-        return (tau / (tau > 0)).rsqrt()  # NaN in value and gradient where that divides by 0
-    return tau**-0.5
 
 
 def _cleared(features: Tensor, ignored: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -46,6 +46,12 @@ def first(rows: int) -> int:
     return 0 if _current is None else _current.sizes(rows)[_current.rank]
 
 
+def numbers(rows: Tensor) -> Tensor:
+    """[N]: which of the rows of all ranks these are."""
+    own = torch.arange(rows.shape[0], device=rows.device)
+    return own if _current is None else own + first(rows.shape[0])
+
+
 def shared(scalar: Tensor) -> Tensor:
     """A scalar, or another tensor, that is the same on all ranks."""
     return scalar if _current is None else _Shared.apply(scalar, _current)

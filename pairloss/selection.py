@@ -74,6 +74,17 @@ def products_backward(x: Tensor, y: Tensor, index: Tensor, product_dtype: torch.
     return [grad for grad, need in zip((dx, dy), needs, strict=True) if need]
 
 
+def own_products_fwd(call: Call) -> Tensor:
+    """As engines.py says."""
+    x, y = (rounded(rows, call.product_dtype) for rows in (call.x, call.candidates))
+    return (x * y).sum(1)
+
+
+def own_products_bwd(call: Call, weights: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    x, y = (rounded(rows, call.product_dtype) for rows in (call.x, call.candidates))
+    return [weights[:, None] * other if need else None for other, need in zip((y, x), needs, strict=False)] + [None]
+
+
 def add_rows_(total: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     """total[index] += rows, in a fixed order: CUDA's index_add_ has none, nor the CPU's index_put_."""
     if total.device.type == "cpu":

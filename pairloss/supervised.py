@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import anchors, checks, groups, ops, ranks
-from .prepare import Rows, prepare
+from .prepare import Rows, of_temperature, prepare
 from .reference import masked_logsumexp
 
 
@@ -77,7 +77,7 @@ def supcon(
     checks.similarity(metric)
     given = anchors.labelled(features, labels, ref_features, ref_labels, weight, class_weight, ignore_index)
     tau = checks.temperature("tau", tau, features, given.dtype)
-    rows = prepare(given.features, given.ref_features, tau, metric, given.ignored, given.ref_ignored).normalised()
+    rows = prepare(given.features, given.ref_features, of_temperature(tau), metric, given.ignored, given.ref_ignored).normalised()
     similarity, size = groups.positives(rows, given.ids, given.ref_ids, backend)
     none, weight = size == 0, given.weight
     some = size.clamp(min=1)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from . import pairs as pair_tiles
+from . import selection
 from .engines import Call, Statistics, SumsAndGrads, normalised, weights_of, with_logs, zero_grads
 from .pairs import LOG2E, Pairs, Role, Tile
 
@@ -35,6 +36,9 @@ def label_order_pays(call: Call) -> bool:
 
 def arranges(call: Call) -> bool:
     return False
+
+
+own_products_fwd, own_products_bwd = selection.own_products_fwd, selection.own_products_bwd
 
 
 def row_stats_fwd(call: Call) -> Statistics:

@@ -1,5 +1,6 @@
 """Rows of one norm, and the gradient of those that they are made of."""
 
+import math
 from typing import Any
 
 import torch
@@ -17,15 +18,15 @@ def unit(x: Tensor, norm: float | Tensor = 1.0) -> Tensor:
 
 
 def scaled(x: Tensor, norm: float | Tensor) -> Tensor:
-    return x * (_inverse_norm(x) * norm)
+    return x * (_inverse_norm(x) * _valid(norm))
 
 
 def backward(x: Tensor, norm: float | Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of x [N, D] and norm; of rows not to be had again, `grad` is overwritten."""
+    """The gradients of x [N, D] and norm."""
     inverse = _inverse_norm(x)
     u = x * inverse
     along = (grad * u).sum(1, keepdim=True)
-    return torch.addcmul(grad, u, along, value=-1) * (inverse * norm), along.sum()
+    return torch.addcmul(grad, u, along, value=-1) * (inverse * _valid(norm)), along.sum()
 
 
 class _Unit(torch.autograd.Function):
@@ -63,6 +64,11 @@ class _Unit(torch.autograd.Function):
         u = x * inverse
         tangent = torch.zeros_like(x) if dx is None else (dx - u * (dx * u).sum(1, keepdim=True)) * (inverse * norm)
         return tangent if dnorm is None else tangent + u * dnorm
+
+
+def _valid(norm: float | Tensor) -> float | Tensor:
+    """NaN for a norm that is not one: from a temperature <= 0."""
+    return torch.where((norm > 0) & (norm < math.inf), norm, math.nan) if isinstance(norm, Tensor) else norm
 
 
 def _inverse_norm(x: Tensor) -> Tensor:

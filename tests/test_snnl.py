@@ -439,7 +439,7 @@ def test_rounded_rows_have_no_distance_to_themselves(dtype):
     """With |x|^2 of the unrounded rows, a row's logit with itself comes out far from 0."""
     x = (torch.randn(20, 30, generator=torch.Generator().manual_seed(0)) + 3).requires_grad_()
     with torch.autocast("cpu", dtype):
-        rows = pairloss.prepare.prepare(x, None, 0.1, "sqeuclidean", None, None)
+        rows = pairloss.prepare.prepare(x, None, 0.05**-0.5, "sqeuclidean", None, None)
     rounded = rows.x.to(dtype).float()
     assert rows.product_dtype == dtype
     torch.testing.assert_close(rounded.square().sum(1) + 2 * rows.row_bias, torch.zeros(20), rtol=0, atol=1e-3)

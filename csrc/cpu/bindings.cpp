@@ -65,6 +65,14 @@ PYBIND11_MODULE(_cpu, module) {
             call, over_positives, softplus, pointer(sums), pointer(weights), gradients(dx, dy, dnorm, drow_bias, dcol_bias));
       },
       release());
+  module.def(
+      "own_products", [](const Call& call, uintptr_t products) { pairloss::own_products(call, pointer(products)); }, release());
+  module.def(
+      "own_products_backward",
+      [](const Call& call, uintptr_t weights, uintptr_t dx, uintptr_t dy, uintptr_t dnorm) {
+        pairloss::own_products_backward(call, pointer(weights), gradients(dx, dy, dnorm, 0, 0));
+      },
+      release());
   module.def("tile_rows", [](bool is_double, bool bfloat16, int64_t wanted) {
     return is_double ? pairloss::tile_size<double>(false, wanted) : pairloss::tile_size<float>(bfloat16, wanted);
   });

@@ -7,6 +7,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <numeric>
 
 #include "kernels.h"
 #include "schedule.h"
@@ -75,6 +76,7 @@ class Run {
         blocks_y_((m_ + tile_ - 1) / tile_),
         row_bias_(padded(static_cast<const T*>(call.row_bias), call.n)),
         col_bias_(padded(static_cast<const T*>(call.col_bias), m_)),
+        norm_(call.norm > 0 && std::isfinite(T(call.norm)) ? T(call.norm) : std::numeric_limits<T>::quiet_NaN()),
         x_(call, call.x, call.order_x, call.n),
         y_(call, call.y, call.order_y, symmetric_ ? 0 : m_) {
     read_ids();
@@ -127,6 +129,21 @@ class Run {
       kernels_.pair_sum(pairs_, t, b, over, softplus, sums, given, row_bias, col_bias);
       return true;  // on the diagonal too: there, a tile is not its own transpose
     });
+  }
+
+  void own_products(T* products) {
+    with_own_rows([&](int64_t i, const T* x, const T* y, const Length<T>*, T*) { products[i] = kernels_.dot(call_.d, x, y); });
+  }
+
+  void own_products_backward(const T* weights, const Gradients& grads) {
+    std::vector<double> along(call_.n);
+    with_own_rows([&](int64_t i, T* x, T* y, const Length<T>* lengths, T* spare) {
+      for (T* row : {x, y}) {
+        for (int64_t k = 0; k < call_.d; ++k) row[k] *= weights[i];
+      }
+      along[i] = give_back(x_, i, lengths[0], y, grads.dx, spare) + give_back(y_, i, lengths[1], x, grads.dy, spare);
+    });
+    if (grads.dnorm) *static_cast<T*>(grads.dnorm) = T(std::accumulate(along.begin(), along.end(), 0.0));
   }
 
  private:
@@ -305,24 +322,45 @@ class Run {
     rows.stride = rounded_up(kernels_.block_size(std::min(tile_, rows.n), call_.d, roles), PADDING);
     rows.data = aligned<T>((rows.n + tile_ - 1) / tile_ * rows.stride);
     rows.lengths.resize(rows.n);
-    const T norm = T(call_.norm);
-    by_block(rows, [&](int64_t i, int64_t n, T* memory) {
-      for (int64_t r = 0; r < n; ++r) {
-        rows.lengths[i + r] = kernels_.read(rows.at(i + r), call_.half, call_.d, call_.has_norm ? &norm : nullptr, memory + r * call_.d);
-      }
+    by_block(rows, tile_, [&](int64_t i, int64_t n, T* memory) {
+      for (int64_t r = 0; r < n; ++r) rows.lengths[i + r] = read(rows, i + r, memory + r * call_.d);
       kernels_.pack(memory, n, call_.d, roles, rows.data.get() + i / tile_ * rows.stride);
     });
   }
 
-  // f(the first row, how many, memory for them) for every block, by all threads.
+  // f(the first row, how many, memory for so many rows) for every block, by all threads.
   template <class F>
-  void by_block(const Rows& rows, F f) {
-    const int64_t blocks = (rows.n + tile_ - 1) / tile_, most = std::min(tile_, rows.n);
+  void by_block(const Rows& rows, int64_t in_memory, F f) {
+    const int64_t blocks = (rows.n + tile_ - 1) / tile_, threads = std::min<int64_t>(threads_, std::max<int64_t>(1, blocks));
     std::atomic<int64_t> next{0};
-    in_parallel(int(std::min<int64_t>(threads_, std::max<int64_t>(1, blocks))), [&](int) {
-      const Aligned<T> memory = aligned<T>(most * call_.d);
+    in_parallel(int(threads), [&](int) {
+      const Aligned<T> memory = aligned<T>(std::min(in_memory, rows.n) * call_.d);
       for (int64_t k; (k = next++) < blocks;) f(k * tile_, std::min(tile_, rows.n - k * tile_), memory.get());
     });
+  }
+
+  // Row i as it is compared.
+  Length<T> read(const Rows& rows, int64_t i, T* to) const {
+    return kernels_.read(rows.at(i), call_.half, call_.d, call_.has_norm ? &norm_ : nullptr, to);
+  }
+
+  // The gradient of row i from that of the row as it is compared, into its place in `result`, or into `spare` where that is null. And the
+  // norm's part in it.
+  double give_back(const Rows& rows, int64_t i, Length<T> length, const T* gradient, void* result, T* spare) const {
+    void* const to = result ? static_cast<char*>(result) + rows.offset(i) : static_cast<void*>(spare);
+    return kernels_.give_back(rows.at(i), call_.half, call_.d, length, gradient, to);
+  }
+
+  // f(i, x_i, y_i, their two lengths, memory for a row) with copies of the rows as they are compared.
+  template <class F>
+  void with_own_rows(F f) {
+    std::vector<T> memory(3 * call_.d);
+    T *x = memory.data(), *y = x + call_.d, *spare = y + call_.d;
+    for (int64_t i = 0; i < call_.n; ++i) {
+      const Length<T> lengths[] = {read(x_, i, x), read(y_, i, y)};
+      if (call_.bfloat16) kernels_.round(2 * call_.d, x);
+      f(i, x, y, lengths, spare);
+    }
   }
 
   void products(const Tile& t, const Scratch<T>& b) const {
@@ -370,19 +408,15 @@ class Run {
       if (!sums) return 0;
       const int64_t d = run.call_.d;
       std::vector<double> along(rows.n);
-      if (run.call_.has_norm) {
-        run.by_block(rows, [&](int64_t first, int64_t n, T*) {
-          for (int64_t i = first; i < first + n; ++i) {
-            T* const sum = sums + i * d;
-            void* const to = result && run.call_.half ? static_cast<char*>(result) + rows.offset(i) : static_cast<void*>(sum);
-            along[i] = run.kernels_.give_back(rows.at(i), run.call_.half, d, rows.lengths[i], sum, to);
-          }
-        });
-      }
+      run.by_block(rows, 0, [&](int64_t first, int64_t n, T*) {
+        if (!run.call_.has_norm) return;
+        for (int64_t i = first; i < first + n; ++i) {
+          T* const sum = sums + i * d;
+          along[i] = run.give_back(rows, i, rows.lengths[i], sum, run.call_.half ? result : nullptr, sum);
+        }
+      });
       if (sums == result && rows.order) put_in_order(sums, rows.order, rows.n, d);
-      double total = 0;
-      for (double one : along) total += one;
-      return total;
+      return std::accumulate(along.begin(), along.end(), 0.0);
     }
   };
 
@@ -431,6 +465,7 @@ class Run {
   const bool symmetric_;
   const int64_t m_, tile_, blocks_x_, blocks_y_;
   const std::vector<T> row_bias_, col_bias_;
+  const T norm_;
   std::vector<Id> ids_x_, ids_y_;
   std::vector<std::pair<Id, Id>> ranges_x_, ranges_y_;
   Pairs<T> pairs_;
@@ -471,6 +506,17 @@ void pair_sum(const Call& call, bool over_positives, bool softplus, void* sums, 
     using T = decltype(type);
     Run<T>(call).pair_sum(
         over_positives ? POSITIVES : NEGATIVES, softplus, static_cast<T*>(sums), static_cast<const T*>(weights), grads);
+  });
+}
+
+void own_products(const Call& call, void* products) {
+  with_type(call, [&](auto type) { Run<decltype(type)>(call).own_products(static_cast<decltype(type)*>(products)); });
+}
+
+void own_products_backward(const Call& call, const void* weights, const Gradients& grads) {
+  with_type(call, [&](auto type) {
+    using T = decltype(type);
+    Run<T>(call).own_products_backward(static_cast<const T*>(weights), grads);
   });
 }
 

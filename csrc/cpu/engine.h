@@ -16,7 +16,7 @@ struct Call {
   int64_t n, m, d;
   const void *x, *y;
   const int64_t *order_x, *order_y;  // [n], [m]: which row is which, null: as they come. All other arrays are in this order.
-  bool has_norm;                     // every row is scaled to the norm `norm` first
+  bool has_norm;                     // every row is scaled to the norm `norm` first; NaN where that is not one
   double norm;
   const int64_t *ids_x, *ids_y;  // [n]; or [n, words] of multi-hot ones, words > 0
   int64_t words;
@@ -42,5 +42,9 @@ void row_stats_backward(
 
 // The sums [n] and, with weights [n], the gradients; either may be null.
 void pair_sum(const Call&, bool over_positives, bool softplus, void* sums, const void* weights, const Gradients&);
+
+// <x_i, y_i> [n], and with weights [n] the gradients of x, y and norm.
+void own_products(const Call&, void* products);
+void own_products_backward(const Call&, const void* weights, const Gradients&);
 
 }  // namespace pairloss

@@ -453,6 +453,10 @@ constexpr Kernels<T> table() {
   k.read = [](const void* given, bool half, int64_t d, const T* norm, T* to) {
     return half ? read(static_cast<const uint16_t*>(given), d, norm, to) : read(static_cast<const T*>(given), d, norm, to);
   };
+  k.dot = [](int64_t d, const T* x, const T* y) { return T(sum_of(d, [&](int64_t k) { return double(x[k]) * y[k]; })); };
+  k.round = [](int64_t d, T* row) {
+    for (int64_t i = 0; i < d; ++i) row[i] = T(float_of(bfloat16_bits(float(row[i])) << 16));
+  };
   k.give_back = [](const void* given, bool half, int64_t d, Length<T> length, const T* gradient, void* to) {
     return half ? give_back(static_cast<const uint16_t*>(given), d, length, gradient, static_cast<uint16_t*>(to))
                 : give_back(static_cast<const T*>(given), d, length, gradient, static_cast<T*>(to));

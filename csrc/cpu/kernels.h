@@ -108,6 +108,10 @@ struct Kernels {
   // From the gradient of the row as it is compared, that of the row as it came, in its type. The result is that of the norm.
   double (*give_back)(const void* given, bool half, int64_t d, Length<T> length, const T* gradient, void* to);
 
+  // <x, y>; and `row` rounded to bfloat16.
+  T (*dot)(int64_t d, const T* x, const T* y);
+  void (*round)(int64_t d, T* row);
+
   // A block of rows [n, d] as the products read it, and how many numbers of memory that takes; for `roles`, some of Role.
   int64_t (*block_size)(int64_t n, int64_t d, int roles);
   void (*pack)(const T* rows, int64_t n, int64_t d, int roles, T* to);

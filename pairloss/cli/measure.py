@@ -11,12 +11,12 @@ from torch import Tensor
 
 from .. import engines
 from ..engines import Call
-from ..prepare import prepare
+from ..prepare import of_temperature, prepare
 
 
 def call_for(features: Tensor, labels: Tensor, tau: float, metric: str) -> Call:
     """The call that pairloss.snnl makes of these arguments."""
-    rows = prepare(features, None, tau, metric, None, None)
+    rows = prepare(features, None, of_temperature(tau / 2 if metric == "sqeuclidean" else tau), metric, None, None)
     return Call(rows.x, None, rows.norm, labels, None, 0, rows.row_bias, None, rows.product_dtype, logit_bound=rows.logit_bound)
 
 
