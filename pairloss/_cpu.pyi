@@ -28,6 +28,7 @@ class Call:
         gamma: float,
         cutoff: float,
         logit_bound: float,
+        totals: bool,
         tile: int,
         threads: int,
     ) -> None: ...

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import engines, selection
+from . import engines, selection, totals
 from .binding import positional
 from .engines import Call, statistics_dtype
 from .order import Arrangement
@@ -24,7 +24,7 @@ _PAIRS = f"{_ROWS}, Tensor? ids_x, Tensor? ids_y, int? self_offset, Tensor? row_
 NUM_PAIRS = _PAIRS.count(",") + 1
 DIFFERENTIABLE = (0, 1, 2, 6, 7)  # x, y, norm, row_bias, col_bias
 # And how, in the order of Call's fields.
-_ROW_STATS = f"{_PAIRS}, Tensor? cutoff, str score, float m, float gamma, bool both_sides, float logit_bound, str? backend"
+_ROW_STATS = f"{_PAIRS}, Tensor? cutoff, str score, float m, float gamma, bool both_sides, float logit_bound, bool totals, str? backend"
 _PAIR_SUM = f"{_PAIRS}, str over, str term, str? backend"
 _SELECTED = "Tensor x, Tensor y, Tensor index, ScalarType product_dtype"
 _OWN = "Tensor x, Tensor y, Tensor? norm, ScalarType product_dtype, str? backend"
@@ -51,6 +51,8 @@ def _row_stats(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with engines.without_autocast(call.x):
         arranged = Arrangement(call, engine)
         rows, cols, row_sums, col_sums = engine.row_stats_fwd(arranged.call)
+        if call.totals and not arranged.by_engine:
+            rows = torch.cat([rows, totals.forward(arranged.call, engine)])
         if arranged.poison is not None:
             rows = rows + arranged.poison
         return arranged.from_rows(rows), arranged.from_cols(cols), arranged.from_rows(row_sums), arranged.from_cols(col_sums)
@@ -62,8 +64,13 @@ def _row_stats_backward(*args: Any) -> list[Tensor]:
     engine = engines.choose(call, backend)
     with engines.without_autocast(call.x):
         arranged = Arrangement(call, engine)
-        of_rows, of_cols = map(arranged.rows, (row_sums, row_grads)), map(arranged.cols, (col_sums, col_grads))
-        grads = engine.row_stats_bwd(arranged.call, *of_rows, *of_cols, arranged.needs(needs))
+        of_cols, needs_of_engine = map(arranged.cols, (col_sums, col_grads)), arranged.needs(needs)
+        row_sums, row_grads = map(arranged.rows, (row_sums, row_grads))
+        if arranged.by_engine or not call.totals:
+            grads = engine.row_stats_bwd(arranged.call, row_sums, row_grads, *of_cols, needs_of_engine)
+        else:
+            grads = engine.row_stats_bwd(arranged.call, row_sums, row_grads[: call.num_sets], *of_cols, needs_of_engine)
+            totals.add_gradients(arranged.call, engine, row_grads[call.num_sets], grads)
         return _needed(arranged.from_grads(*grads), needs)
 
 
@@ -128,7 +135,7 @@ def _row_stats_fake(*args: Any) -> tuple[Tensor, ...]:
     n, m, dtype = call.x.shape[0], call.candidates.shape[0] if call.both_sides else 0, call.dtype
     return tuple(
         call.x.new_empty(shape, dtype=dtype)
-        for shape in ((call.num_sets, n), (call.num_sets, m), (2, call.num_sets, n), (2, call.num_sets, m))
+        for shape in ((call.num_stats, n), (call.num_sets, m), (2, call.num_sets, n), (2, call.num_sets, m))
     )
 
 
@@ -190,23 +197,28 @@ class RowStats(torch.autograd.Function):
     @positional
     def forward(
         x: Tensor, y: Any, norm: Any, ids_x: Any, ids_y: Any, self_offset: Any, row_bias: Any, col_bias: Any, product_dtype: torch.dtype,
-        cutoff: Any, score: str, m: float, gamma: float, both_sides: bool, logit_bound: float, backend: Any,
+        cutoff: Any, score: str, m: float, gamma: float, both_sides: bool, logit_bound: float, totals: bool, backend: Any,
     ) -> Any:  # fmt: skip
         return torch.ops.pairloss.row_stats(
             x, y, norm, ids_x, ids_y, self_offset, row_bias, col_bias, product_dtype,
-            cutoff, score, m, gamma, both_sides, logit_bound, backend,
+            cutoff, score, m, gamma, both_sides, logit_bound, totals, backend,
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)  # or zeros would be made for each of those
+        ctx.num_stats = output[0].shape[0]
         save(ctx, inputs, *output[2:])
 
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor | None, grad_cols: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         inputs, (row_sums, col_sums) = saved(ctx)
-        args = [*inputs, row_sums, _or_zeros(grad_rows, row_sums), col_sums, _or_zeros(grad_cols, col_sums)]
+        if grad_rows is None:
+            grad_rows = row_sums.new_zeros(ctx.num_stats, row_sums.shape[2])
+        if grad_cols is None:
+            grad_cols = torch.zeros_like(col_sums[0])
+        args = [*inputs, row_sums, grad_rows, col_sums, grad_cols]
         return _backward(ctx, torch.ops.pairloss.row_stats_backward, DIFFERENTIABLE, args)
 
 
@@ -265,10 +277,6 @@ class PairTotal(torch.autograd.Function):
         for i, v in zip((i for i, has in zip(DIFFERENTIABLE, formed, strict=True) if has), scaled, strict=True):
             result[i] = v
         return tuple(result)
-
-
-def _or_zeros(grad: Tensor | None, sums: Tensor) -> Tensor:
-    return torch.zeros_like(sums[0]) if grad is None else grad
 
 
 def _multiplied(count: int, factor: Tensor, *tensors: Tensor) -> list[Tensor]:

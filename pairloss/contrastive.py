@@ -1,7 +1,7 @@
 """Contrastive losses of paired rows: query i belongs to key i, the other keys are negatives."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ def contrastive(
     tau = checks.temperature("tau", tau, query, dtype)
 
     keys = key if negative_keys is None else torch.cat([key, negative_keys.flatten(0, -2)])
-    rows = prepare(real_view(query), real_view(keys), of_temperature(tau), metric, None, None)
+    rows = prepare(real_view(query), real_view(keys), of_temperature(tau), metric, None, None).widened()
     assert rows.y is not None
     own, others = rows.y[: query.shape[0]], rows.y[query.shape[0] :]
     key_bias, negative_bias = (None if bias is None else bias.to(dtype) for bias in (key_bias, negative_bias))
@@ -243,9 +243,11 @@ def nt_xent(
     item = ranks.numbers(view_a) if ids is None else ids.long()
     both = torch.cat([item, item])
     pairs = prepare(real_view(view_a), real_view(view_b), of_temperature(tau), metric, None, None)
+    one_pass = ids is None and not beta  # the other view is the only one with the anchor's id
+    pairs = pairs if one_pass else pairs.widened()
     assert pairs.y is not None
     rows = pairs._replace(x=torch.cat([pairs.x, pairs.y]), y=None)
-    if ids is None and not beta:  # the other view is the only one with the anchor's id: one pass for both
+    if one_pass:
         (pos, neg), _ = rows.row_stats(both, None, 0, backend=backend)
     else:
         own = pairs.products(pairs.y, backend)
@@ -300,7 +302,7 @@ class Candidates(NamedTuple):
     def log_sums(self, both_sides: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """The own logits [N] (of self_offset 0), and the log-sums over the negatives: of the anchors [N], and with both_sides of the
         candidates [M]."""
-        how = {"cutoff": self.cutoff, "both_sides": both_sides, "backend": self.backend}
+        how: dict[str, Any] = {"cutoff": self.cutoff, "both_sides": both_sides, "backend": self.backend}
         if self.self_offset == 0 and self.ids_x is None:  # the own candidate as the only one with the anchor's id: one pass for both
             number = ranks.numbers(self.rows.x)
             (pos, neg), cols = self.rows.row_stats(number, number, None, **how)

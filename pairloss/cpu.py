@@ -47,7 +47,7 @@ def arranges(call: Call) -> bool:
 
 def row_stats_fwd(call: Call) -> Statistics:
     arguments, sets, n, m = _Arguments(call), call.num_sets, call.x.shape[0], call.candidates.shape[0] if call.both_sides else 0
-    shapes = (sets, n), (sets, m), (2, sets, n), (2, sets, m)
+    shapes = (call.num_stats, n), (sets, m), (2, sets, n), (2, sets, m)
     rows, cols, row_sums, col_sums = (call.x.new_empty(shape, dtype=call.dtype) for shape in shapes)
     to_cols = (cols, col_sums) if call.both_sides else (None, None)
     _cpu.row_stats(arguments.call, *map(_address, (rows, row_sums, *to_cols)))
@@ -117,6 +117,7 @@ class _Arguments:
             gamma=call.gamma,
             cutoff=-torch.inf if call.cutoff is None else call.cutoff.item(),
             logit_bound=call.logit_bound,
+            totals=call.totals,
             tile=tile_size(0),
             threads=torch.get_num_threads(),
         )

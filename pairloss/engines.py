@@ -4,8 +4,8 @@ An engine is a module with eight functions; a new one is that module and a line 
 
     why_not(call) -> str | None                                why it can't run this call, None if it can
     label_order_pays(call) -> bool                             whether rows sorted by label make it faster
-    arranges(call) -> bool                                     whether it normalises and sorts the rows by itself: else call.norm is None,
-                                                               and so are the orders and dnorm
+    arranges(call) -> bool                                     whether it normalises and sorts the rows, and forms the totals, by itself:
+                                                               else call.norm, the orders and dnorm are None, call.totals is False
     row_stats_fwd(call)                                        sum of exp(z) over each set of each row (column), and its logarithm
         -> (rows, cols, row_sums, col_sums)
     row_stats_bwd(call, row_sums, row_grads, col_sums,         from A_ij = the weight of the pair's set in row i (and in column j),
@@ -20,7 +20,8 @@ An engine is a module with eight functions; a new one is that module and a line 
 
 In row_stats sums are [2, K, N] (columns: [2, K, M], M = 0 without both_sides): the sum is s e^m, a weight g e^-m likewise. The pair
 spans any temperature, and unlike a rounded logarithm of the sum it gives weights that add up to 1. An empty set has the sum
-0 e^0 and the weight 0. A weight of 0 may come with any m, and its pairs with any logit.
+0 e^0 and the weight 0. A weight of 0 may come with any m, and its pairs with any logit. Totals, of an engine that forms them, are two
+more rows of `rows` and of row_grads.
 """
 
 import functools
@@ -74,6 +75,7 @@ class Call(NamedTuple):
     gamma: float = 1.0
     both_sides: bool = False
     logit_bound: float = math.inf
+    totals: bool = False
     # Which row of x, and of y, the anchors and candidates are, whose biases and ids come in this order; None: the rows as they come.
     order_x: Tensor | None = None
     order_y: Tensor | None = None
@@ -99,6 +101,11 @@ class Call(NamedTuple):
     def num_sets(self) -> int:
         """2 with ids (positives, negatives), 1 without (everything)."""
         return 1 if self.ids_x is None else 2
+
+    @property
+    def num_stats(self) -> int:
+        """Of a row: the log-sum of each set, and the two totals."""
+        return self.num_sets + (2 if self.totals else 0)
 
 
 def statistics_dtype(rows: Tensor) -> torch.dtype:

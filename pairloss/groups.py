@@ -1,12 +1,16 @@
 """Sums and counts over the candidates that share an anchor's label, O(N D): no pass over pairs, no shape that depends on labels."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from . import ops, order, over_ranks, ranks
-from .prepare import Rows
+
+if TYPE_CHECKING:
+    from .prepare import Rows
 
 
-def positives(rows: Rows, ids: Tensor, ref_ids: Tensor | None, backend: str | None) -> tuple[Tensor, Tensor]:
+def positives(rows: "Rows", ids: Tensor, ref_ids: Tensor | None, backend: str | None) -> tuple[Tensor, Tensor]:
     """For every anchor i the sum over P(i) of <x_i, y_j>, and how many they are, NaN for a NaN anchor. [N] each, as floats.
 
     Multi-hot ids need a pass over pairs for each; equal labels have class sums.

@@ -63,7 +63,8 @@ def clip(
         raise ValueError(f"label_smoothing: expected 0 with ids, whose copies it would spread weight on, got {label_smoothing}")
     logit_scale = checks.temperature("logit_scale", logit_scale, image, loss_dtype(image))
     rows = prepare(real_view(image), real_view(text), of_multiplier(logit_scale), metric, None, None)
-    assert rows.y is not None
+    if ids is not None or label_smoothing:
+        rows = rows.widened()
     pos, neg_image, neg_text = Candidates(rows, ids, ids, 0, None, backend).log_sums(both_sides=True)
     losses = (anchors.softplus(neg_image - pos) + anchors.softplus(neg_text - pos)) / 2
     if label_smoothing:
@@ -129,7 +130,7 @@ def siglip(
     dtype = loss_dtype(image)
     logit_scale = checks.temperature("logit_scale", logit_scale, image, dtype)
     logit_bias = checks.scalar("logit_bias", logit_bias, image, dtype)
-    rows = prepare(real_view(image), real_view(text), of_multiplier(logit_scale), metric, None, None)
+    rows = prepare(real_view(image), real_view(text), of_multiplier(logit_scale), metric, None, None).widened()
     assert rows.y is not None
     bias = torch.as_tensor(logit_bias, dtype=dtype, device=image.device)
     positives = anchors.softplus(-bias - rows.products(rows.y, backend))

@@ -40,6 +40,7 @@ def row_stats(
     both_sides: bool = False,
     product_dtype: torch.dtype | None = None,
     logit_bound: float = math.inf,
+    totals: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Log-sums over the positives and the negatives of every anchor, without the N x M matrix.
@@ -68,11 +69,13 @@ def row_stats(
         both_sides: also the statistics over the columns, from the same pass. Not with y=None, where they are the same.
         product_dtype: the dtype that the rows are rounded to before the products; None keeps x.dtype.
         logit_bound: a bound on every \|z_ij\| that the caller vouches for; small enough, no maximum is tracked.
+        totals: with ids and the score "linear", two more rows: the sum of s_ij over the candidates with the anchor's id, and how many they
+            are; whatever biases and cutoff say. Not with both y and self_offset, nor under pairloss.distributed.
         backend: "reference", "cpu", "torch", "triton" or None for the best that can run.
 
     Returns:
         rows [K, N] and cols [K, M] (M = 0 without both_sides), float64 for float64 rows, else float32. K = 2 (pos, neg) with ids, 1
-        without.
+        without; rows [4, N] with totals.
 
     Raises:
         ValueError, RuntimeError: arguments that don't fit together; a backend that can't run.
@@ -88,9 +91,11 @@ def row_stats(
         raise ValueError(f"score: expected one of {SCORES}, got {score!r}")
     if score == "circle" and (ids_x is None or cutoff is not None):
         raise ValueError("score='circle': expected ids_x and cutoff=None")
+    if totals and (ids_x is None or score != "linear" or (y is not None and self_offset is not None) or ranks.current() is not None):
+        raise ValueError("totals: expected ids_x, score='linear', with y no self_offset, and no pairloss.distributed")
     x, y, norm_of_engine = _normalised(x, y, norm, backend)
     pairs = (x, y, norm_of_engine, *_int64(ids_x, ids_y), self_offset, row_bias, col_bias, product_dtype)
-    how = (cutoff, score, m, gamma, both_sides, logit_bound)
+    how = (cutoff, score, m, gamma, both_sides, logit_bound, totals)
     if backend == engines.REFERENCE:
         rows, cols = reference.row_stats(Call(*pairs, *how))
     elif (spread := ranks.current()) is not None:

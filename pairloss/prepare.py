@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops, ranks
+from . import groups, ops, ranks
 from .engines import statistics_dtype
 from .reference import rounded
 from .unit import unit
@@ -24,13 +24,16 @@ class Rows(NamedTuple):
     product_dtype: torch.dtype
     logit_bound: float
 
+    def widened(self) -> "Rows":
+        """Half rows as float32, for a loss of several parts: the parts of the gradient are added up before it is rounded."""
+        return self._replace(x=self.x.to(self.dtype), y=None if self.y is None else self.y.to(self.dtype))
+
     def normalised(self) -> "Rows":
         """The rows as they are compared, for what is computed from single ones."""
         if self.norm is None:
             return self
-        return self._replace(
-            x=unit(self.x.to(self.dtype), self.norm), y=None if self.y is None else unit(self.y.to(self.dtype), self.norm), norm=None
-        )
+        x, y, *_ = self.widened()
+        return self._replace(x=unit(x, self.norm), y=None if y is None else unit(y, self.norm), norm=None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -42,21 +45,17 @@ class Rows(NamedTuple):
         assert self.norm is None
         return self.x.detach()[:, 0] * 0  # what is NaN in one column is in all
 
-    def row_stats(self, ids_x: Tensor | None = None, ids_y: Tensor | None = None, self_offset: int | None = None, **how: Any) -> Any:
+    def row_stats(
+        self, ids_x: Tensor | None = None, ids_y: Tensor | None = None, self_offset: int | None = None, *, totals: bool = False, **how: Any
+    ) -> Any:
         """ops.row_stats of these rows; NaN for a NaN anchor also where it has nothing to be compared with."""
-        biases = (self.row_bias, self.col_bias)
-        rows, cols = ops.row_stats(
-            self.x,
-            self.y,
-            ids_x,
-            ids_y,
-            self_offset,
-            *biases,
-            norm=self.norm,
-            product_dtype=self.product_dtype,
-            logit_bound=self.logit_bound,
-            **how,
-        )
+        here = totals and ranks.current() is None
+        pairs = (self.x, self.y, ids_x, ids_y, self_offset, self.row_bias, self.col_bias)
+        how |= {"norm": self.norm, "product_dtype": self.product_dtype, "logit_bound": self.logit_bound}
+        rows, cols = ops.row_stats(*pairs, totals=here, **how)
+        if totals and not here:
+            assert ids_x is not None
+            rows = torch.cat([rows, torch.stack(groups.positives(self, ids_x, ids_y, how["backend"]))])
         return rows if self.norm is not None else rows + self.poison, cols
 
     def products(self, y: Tensor, backend: str | None) -> Tensor:

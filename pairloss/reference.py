@@ -20,6 +20,8 @@ def row_stats(call: Call) -> tuple[Tensor, Tensor]:
     pos, neg = (biased(z, call.row_bias, col_bias) for z in scores(s, call))
     masked = [(neg, negative)] if call.ids_x is None else [(pos, positive), (neg, negative)]
     rows = torch.stack([masked_logsumexp(z, mask, 1) for z, mask in masked])
+    if call.totals:
+        rows = torch.cat([rows, torch.where(positive, s, 0).sum(1)[None], positive.sum(1)[None]])
     if call.both_sides:
         return rows, torch.stack([masked_logsumexp(z, mask, 0) for z, mask in masked])
     return rows, rows.new_empty(len(masked), 0)

@@ -1,11 +1,12 @@
 """Losses of labelled rows: every row with the anchor's label is a positive."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import anchors, checks, groups, ops, ranks
+from . import anchors, checks, ops, ranks
 from .prepare import Rows, of_temperature, prepare
 from .reference import masked_logsumexp
 
@@ -77,12 +78,13 @@ def supcon(
     checks.similarity(metric)
     given = anchors.labelled(features, labels, ref_features, ref_labels, weight, class_weight, ignore_index)
     tau = checks.temperature("tau", tau, features, given.dtype)
-    rows = prepare(given.features, given.ref_features, of_temperature(tau), metric, given.ignored, given.ref_ignored).normalised()
-    similarity, size = groups.positives(rows, given.ids, given.ref_ids, backend)
+    rows = prepare(given.features, given.ref_features, of_temperature(tau), metric, given.ignored, given.ref_ignored)
+    if form == "pairs":
+        rows = rows.widened()
+    (pos, neg, similarity, size), _ = rows.row_stats(given.ids, given.ref_ids, given.self_offset, totals=True, backend=backend)
     none, weight = size == 0, given.weight
     some = size.clamp(min=1)
 
-    (pos, neg), _ = rows.row_stats(given.ids, given.ref_ids, given.self_offset, backend=backend)
     margin = (neg - pos).masked_fill(none, 0)
     if form == "out":  # what one positive loses by the log-sum, 0, is all that would be left of a converged loss
         losses = (pos - similarity / some).masked_fill(size <= 1, 0) + anchors.softplus(margin)
@@ -100,7 +102,7 @@ def _each_positive(rows: Rows, given: anchors.Labelled, neg: Tensor, backend: st
     """Sum over P(i) of log(1 + e^(neg_i - z_ip)): a second pass, over the tiles that hold positives."""
     return ops.pair_sum(
         rows.x, rows.y, given.ids, given.ref_ids, given.self_offset, -neg,
-        over="positives", product_dtype=rows.product_dtype, backend=backend,
+        norm=rows.norm, over="positives", product_dtype=rows.product_dtype, backend=backend,
     )  # fmt: skip
 
 
@@ -189,8 +191,8 @@ def circle(
         raise ValueError("pool: expected 'anchor' with weight, class_weight or a reduction, got 'batch'")
     given = anchors.labelled(features, labels, ref_features, ref_labels, weight, class_weight, ignore_index)
     rows = prepare(given.features, given.ref_features, 1.0, metric, given.ignored, given.ref_ignored)._replace(logit_bound=torch.inf)
-    how = {"score": "circle", "m": float(m), "gamma": float(gamma), "backend": backend}
-    (pos, neg), _ = rows.row_stats(given.ids, given.ref_ids, given.self_offset, **how)
+    score: dict[str, Any] = {"score": "circle", "m": float(m), "gamma": float(gamma)}
+    (pos, neg), _ = rows.row_stats(given.ids, given.ref_ids, given.self_offset, **score, backend=backend)
     if pool == "batch":
         twice = 2 if given.self_offset == 0 else 1  # x against itself sees each pair from both sides
         pos, neg = (masked_logsumexp(z, z != -torch.inf, 0)[None] - math.log(twice) for z in map(ranks.gathered, (pos, neg)))

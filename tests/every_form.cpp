@@ -127,15 +127,19 @@ void run(pairloss::Call call, double spread) {
   if (!plain && !call.symmetric) call.col_bias = col_bias.get();
 
   const bool both_sides = !call.symmetric;
-  Array<T> row_logs(sets * n), rows(2 * sets * n), col_logs(both_sides ? sets * m : 0), cols(2 * col_logs.size());
+  Array<T> row_logs((sets + 2) * n), rows((2 * sets + 2) * n), col_logs(both_sides ? sets * m : 0), cols(2 * col_logs.size());
   Array<T> dnorm(1), drow(n), dcol(m), sums(n);
   Rows<T> dx(n * call.d, call.half), dy(m * call.d, call.half);
   const auto of_y = [&](const auto& a) { return call.symmetric ? nullptr : a.get(); };
   const auto for_x = [&](const auto& a) { return plain && call.has_ids ? nullptr : a.get(); };
   const auto for_y = [&](const auto& a) { return plain && call.words == 0 ? nullptr : of_y(a); };
   T* const for_norm = call.has_norm ? dnorm.get() : nullptr;
+  call.totals = call.has_ids && !call.circle;
   pairloss::row_stats(call, row_logs.get(), rows.get(), of_y(col_logs), of_y(cols));
   write(rows);  // whose logarithms may be -inf
+  Array<T> totals(call.totals ? 2 * n : 0);
+  std::copy_n(row_logs.get() + sets * n, totals.size(), totals.get());
+  write(totals);
   write(cols);
   // As gradients, sums are as good as other numbers.
   pairloss::row_stats_backward(call, rows.get(), rows.get(), of_y(cols), of_y(cols),

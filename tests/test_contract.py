@@ -47,15 +47,34 @@ def test_gradcheck_of_the_reference(option):
 def op_calls():
     x, y = torch.randn(9, 4), torch.randn(7, 4)
     ids_x, ids_y = torch.arange(9) % 3, torch.arange(7) % 3
-    options = (torch.float32, None, "linear", 0.0, 1.0, False, 5.0, "torch")
+    options = (torch.float32, None, "linear", 0.0, 1.0, False, 5.0, False, "torch")
     yield "self", (x, None, None, ids_x, None, 0, None, None, *options)
     yield "self-bias", (x, None, None, None, None, 0, torch.randn(9), None, *options)
+    yield "totals", (x, y, torch.tensor(2.0), ids_x, ids_y, None, None, None, *options[:-2], True, "torch")
     yield "two", (x, y, None, ids_x, ids_y, None, torch.randn(9), torch.randn(7), *options)
-    options = (torch.bfloat16, torch.tensor(0.1), "linear", 0.0, 1.0, True, float("inf"), "torch")
+    options = (torch.bfloat16, torch.tensor(0.1), "linear", 0.0, 1.0, True, float("inf"), False, "torch")
     yield "both-sides-cutoff", (x, y, torch.tensor(2.0), ids_x, ids_y, 2, None, torch.randn(7), *options)
     yield (
         "circle",
-        (x, None, torch.tensor(1.0), ids_x, None, 0, None, None, torch.float32, None, "circle", 0.25, 32.0, False, float("inf"), "torch"),
+        (
+            x,
+            None,
+            torch.tensor(1.0),
+            ids_x,
+            None,
+            0,
+            None,
+            None,
+            torch.float32,
+            None,
+            "circle",
+            0.25,
+            32.0,
+            False,
+            float("inf"),
+            False,
+            "torch",
+        ),
     )
 
 

@@ -39,6 +39,7 @@ def arguments(n: int, m: int, option: str) -> tuple[dict[str, torch.Tensor | Non
     if "offset" in option or not two_sets:
         others["self_offset"] = 3 if two_sets else 0
     others["both_sides"] = "both-sides" in option
+    others["totals"] = "totals" in option
     if "far" in option:  # statistics hundreds of nats apart within a tile
         differentiable["x"] = differentiable["x"] * torch.logspace(0, 1.2, n, dtype=torch.float64)[:, None]
     if "circle" in option:
@@ -58,6 +59,7 @@ OPTIONS = [
     *("two-both-sides", "two-both-sides-bias-offset", "two-no-ids-both-sides", "two-far-both-sides-bias"),
     *("self-circle", "self-circle-256", "self-circle-bias", "self-circle-words", "two-circle-256-both-sides-bias", "two-circle-offset"),
     *("self-norm", "self-norm-no-ids", "self-norm-circle", "two-norm", "two-norm-both-sides-bias", "two-norm-offset"),
+    *("self-totals", "self-totals-norm-bias", "self-totals-words", "two-totals", "two-totals-words", "two-totals-both-sides-norm"),
     *("self-cutoff", "two-cutoff", "two-cutoff-words", "two-no-ids-cutoff-offset-both-sides", "two-no-ids-cutoff-bias"),
 ]
 
@@ -176,6 +178,7 @@ def test_only_wanted_gradients_are_computed(monkeypatch):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"totals": True}, "totals: expected ids_x, score='linear'"),
         ({"x": torch.zeros(3)}, r"x: expected float32 or float64 of shape \[N, D\]"),
         ({"x": torch.zeros(3, 2, dtype=torch.float16)}, "x: expected float32 or float64"),
         ({"y": torch.zeros(3, 5)}, r"y: expected torch.float32 of shape \[M, 2\], got torch.float32 \[3, 5\]"),

@@ -99,8 +99,11 @@ class Run {
     prepare();
     SumsOf rows(sets(), call_.n), cols(sets(), col_sums ? m_ : 0);
     const Sums<T>&r = rows.sums, &c = symmetric_ ? rows.sums : cols.sums;
+    T* const totals = call_.totals ? row_logs + sets() * call_.n : nullptr;
+    if (totals) std::fill_n(totals, 2 * call_.n, T(0));
     visit(MIXED, [&](const Tile& t, const Scratch<T>& b) {
       products(t, b);
+      if (totals && t.set != NEGATIVES) kernels_.add_totals(pairs_, t, b, totals, totals + call_.n);
       kernels_.add_exponentials(pairs_, t, b, r, t.mirrored || col_sums ? &c : nullptr);
     });
     rows.put(row_logs, row_sums, call_.n);
@@ -109,6 +112,7 @@ class Run {
   }
 
   void row_stats_backward(const T* row_sums, const T* row_grads, const T* col_sums, const T* col_grads, const Gradients& grads) {
+    const std::vector<T> of_totals = call_.totals ? padded(row_grads + sets() * call_.n, call_.n) : std::vector<T>();
     const WeightsOf rows(sets(), call_.n, row_sums, row_grads), cols(sets(), m_, col_sums, col_grads);
     pack(grads.dx || grads.dnorm, (symmetric_ ? grads.dx : grads.dy) || grads.dnorm);
     prepare();
@@ -117,6 +121,7 @@ class Run {
       // x against itself: W_ij + W_ji. The diagonal's row sums see both (i, j) and (j, i).
       T* to_cols = !symmetric_ ? col_bias : t.mirrored ? row_bias : nullptr;
       kernels_.exponential_weights(pairs_, t, b, rows.weights, of_cols, row_bias, to_cols);
+      if (!of_totals.empty() && t.set != NEGATIVES) kernels_.add_total_weights(pairs_, t, b, of_totals.data());
       return !symmetric_ || t.mirrored;
     });
   }
@@ -215,7 +220,7 @@ class Run {
   // An anchor that has no direction has no statistics, not even those of an empty set.
   void poison(T* row_logs) const {
     for (int64_t i = 0; i < call_.n; ++i) {
-      for (int k = 0; std::isnan(x_.lengths[i].scale) && k < sets(); ++k) row_logs[k * call_.n + i] = std::numeric_limits<T>::quiet_NaN();
+      for (int k = 0; std::isnan(x_.lengths[i].scale) && k < sets() + (call_.totals ? 2 : 0); ++k) row_logs[k * call_.n + i] = std::numeric_limits<T>::quiet_NaN();
     }
   }
 

@@ -306,6 +306,49 @@ void exponential_weights(
   }
 }
 
+template <class T>
+void add_totals(Pairs<T> p, Tile t, Scratch<T> b, T* sums, T* numbers) {
+  T *col_sums = b.col_total[0], *col_numbers = b.col_total[1];
+  for (int j = 0; j < t.cols; j += WIDTH<T>) {
+    store(col_sums + j, Vec<T>{});
+    store(col_numbers + j, Vec<T>{});
+  }
+  for (int i = 0; i < t.rows; ++i) {
+    T* z = b.z + i * b.stride;
+    leave_out(t, i, z, -INFINITE<T>);
+    Vec<T> sum_of_row = {}, number_of_row = {};
+    for (int j = 0; j < t.cols; j += WIDTH<T>) {
+      const Vec<T> s = load(z + j);
+      const IntVec<T> counts = same_id<T, true>(p, t, i, j) & (s != -INFINITE<T>);
+      const Vec<T> value = counts ? s : Vec<T>{}, one = counts ? broadcast(T(1)) : Vec<T>{};
+      sum_of_row += value;
+      number_of_row += one;
+      store(col_sums + j, load(col_sums + j) + value);
+      store(col_numbers + j, load(col_numbers + j) + one);
+    }
+    sums[t.i + i] += sum<T>(sum_of_row);
+    numbers[t.i + i] += sum<T>(number_of_row);
+  }
+  for (int j = 0; t.mirrored && j < t.cols; ++j) {
+    sums[t.j + j] += col_sums[j];
+    numbers[t.j + j] += col_numbers[j];
+  }
+}
+
+// x against itself: W_ij + W_ji.
+template <class T>
+void add_total_weights(Pairs<T> p, Tile t, Scratch<T> b, const T* of_sums) {
+  const bool symmetric = t.mirrored || t.diagonal;
+  for (int i = 0; i < t.rows; ++i) {
+    T* z = b.z + i * b.stride;
+    for (int j = 0; j < t.cols; j += WIDTH<T>) {
+      const Vec<T> weight = of_sums[t.i + i] + (symmetric ? load(of_sums + t.j + j) : Vec<T>{});
+      store(z + j, load(z + j) + (same_id<T, true>(p, t, i, j) ? weight : Vec<T>{}));
+    }
+    leave_out(t, i, z, T(0));
+  }
+}
+
 // What a pair sum adds up, of v = z over negatives and v = -z over positives; v is -inf at pairs that don't count.
 template <class T, bool SOFTPLUS, bool POSITIVE>
 struct Term {
@@ -471,6 +514,10 @@ constexpr Kernels<T> table() {
   k.exponential_weights = [](const Pairs<T>& p, const Tile& t, const Scratch<T>& b, const Weights<T>& rows, const Weights<T>* cols,
                               T* row_bias, T* col_bias) {
     with_how(p, t, [&](auto how) { exponential_weights<decltype(how)>(p, t, b, rows, cols, row_bias, col_bias); });
+  };
+  k.add_totals = [](const Pairs<T>& p, const Tile& t, const Scratch<T>& b, T* sums, T* numbers) { add_totals(p, t, b, sums, numbers); };
+  k.add_total_weights = [](const Pairs<T>& p, const Tile& t, const Scratch<T>& b, const T* of_sums) {
+    add_total_weights(p, t, b, of_sums);
   };
   k.pair_sum = [](const Pairs<T>& p, const Tile& t, const Scratch<T>& b, Set over, bool softplus, T* sums, const T* weights,
                    T* row_bias, T* col_bias) {

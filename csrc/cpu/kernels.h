@@ -125,6 +125,12 @@ struct Kernels {
   // From products: adds the exponentials of the logits to the sums of the tile's rows and, where there are any, of its columns.
   void (*add_exponentials)(const Pairs<T>&, const Tile&, const Scratch<T>&, const Sums<T>& rows, const Sums<T>* cols);
 
+  // From products: adds to every anchor's sum [n] and number [n] those of the pairs of its id, of a tile not without them.
+  void (*add_totals)(const Pairs<T>&, const Tile&, const Scratch<T>&, T* sums, T* numbers);
+
+  // To weights W: what the gradients [n] of those sums add.
+  void (*add_total_weights)(const Pairs<T>&, const Tile&, const Scratch<T>&, const T* of_sums);
+
   // From products: z = W, the gradient's weights; adds those of the biases to row_bias [n] and col_bias [m], where not null.
   void (*exponential_weights)(
       const Pairs<T>&, const Tile&, const Scratch<T>&, const Weights<T>& rows, const Weights<T>* cols, T* row_bias, T* col_bias);
