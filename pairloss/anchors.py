@@ -130,8 +130,10 @@ def reduce(losses: Tensor, skipped: Tensor | None, weight: Tensor | None, reduct
 def shares(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     """[N]: what the sum or the mean of reduce multiplies each loss with, where no anchor is skipped."""
     weight = None if weight is None else weight.to(losses.dtype)
-    weights = torch.ones_like(losses) if weight is None else weight
-    return weights if reduction == "sum" else weights / _total_weight(losses, None, weight)
+    total = 1 if reduction == "sum" else _total_weight(losses, None, weight)
+    if weight is None and isinstance(total, int):
+        return torch.full_like(losses, 1 / total)
+    return (torch.ones_like(losses) if weight is None else weight) / total
 
 
 def _total_weight(losses: Tensor, skipped: Tensor | None, weight: Tensor | None) -> int | Tensor:

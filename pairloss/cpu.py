@@ -1,9 +1,9 @@
 """The engine "cpu": C++ for tensors on the CPU, csrc/cpu. This file turns calls into pointers.
 
-Fused: products, biases, the pair left out, label masks, exponentials, sums; never materialised: more than one tile of pairs for each
-thread. float32 and float64; half rows are rounded to their dtype and multiplied in float32. bfloat16 by AMX or AVX512-BF16 where the
-processor has them, with weights rounded to bfloat16 for the gradient's products; float32 by AMX in three parts, as exact as float32 for
-logits and gradients whose terms are above 1e-30 and 1e-36, and gradients below 1e31.
+Fused: the norm, the label order, products, biases, the pair left out, label masks, exponentials, sums, totals; never materialised: more
+than one tile of pairs for each thread. float32 and float64; half rows are rounded to their dtype and multiplied in float32. bfloat16
+by AMX or AVX512-BF16 where the processor has them, with weights rounded to bfloat16 for the gradient's products; float32 by AMX in
+three parts, as exact as float32 for logits and gradients whose terms are above 1e-30 and 1e-36, and gradients below 1e31.
 As many threads as torch.get_num_threads(), with the same bits for any number of them.
 """
 

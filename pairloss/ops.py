@@ -228,8 +228,27 @@ def selected_products(x: Tensor, y: Tensor, index: Tensor, *, product_dtype: tor
 def own_products(
     x: Tensor, y: Tensor, *, norm: Tensor | None = None, product_dtype: torch.dtype | None = None, backend: str | None = None
 ) -> Tensor:
-    """<x_i, y_i> of the rows of x and y [N, D], which stand beside each other; norm, product_dtype and backend as in :func:`row_stats`."""
+    r"""Products of the rows of x and y that stand beside each other.
+
+    .. math::
+        s_i = \langle x_i, y_i \rangle
+
+    Args:
+        x, y: [N, D], float32 or float64; with norm also float16 or bfloat16.
+        norm, product_dtype, backend: as in :func:`row_stats`.
+
+    Returns:
+        [N], float64 for float64 rows, else float32.
+
+    Raises:
+        ValueError, RuntimeError: arguments that don't fit together; a backend that can't run.
+
+    Deterministic. Costs O(N D).
+    """
     backend, product_dtype = _backend(backend), product_dtype or x.dtype
+    _check(x, y, norm, None, None, None, None, None)
+    if y.shape[0] != x.shape[0]:
+        raise ValueError(f"y: expected shape {list(x.shape)}, got {list(y.shape)}")
     if backend == engines.REFERENCE:
         x, other, _ = _normalised(x, y, norm, backend)
         assert other is not None

@@ -1,0 +1,64 @@
+"""Products of rows beside each other, against the reference in float64."""
+
+import pytest
+import torch
+from conftest import ON_CPU, TILED, assert_rule, skip_if_unable
+
+from pairloss.ops import own_products
+
+N, D = 37, 19
+
+
+def run(dtype, device, backend, norm, product_dtype=None):
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(N, D, generator=generator, dtype=torch.float64) for _ in range(2))
+    x[3] = 0
+    scale = None if norm is None else torch.tensor(norm, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    leaves = [v.to(dtype).to(device) for v in (x, y)] + ([] if scale is None else [scale])
+    leaves = [v.requires_grad_() for v in leaves]
+    result = own_products(*leaves[:2], norm=leaves[2] if norm else None, product_dtype=product_dtype, backend=backend)
+    weights = torch.linspace(-1, 1, N, dtype=result.dtype, device=device)
+    return result.detach(), *torch.autograd.grad(result @ weights, leaves)
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("norm", [None, 1.7])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("engine", TILED, ids=lambda engine: "-".join(engine))
+def test_products_and_gradients(engine, dtype, norm):
+    skip_if_unable(engine, dtype)
+    if norm is None and dtype.itemsize == 2:
+        with pytest.raises(ValueError, match="x: expected float32 or float64"):
+            run(dtype, engine.device, engine.name, norm)
+        return
+    ours, eager = run(dtype, engine.device, engine.name, norm), run(dtype, "cpu", "reference", norm)
+    rounded = dtype if dtype.itemsize == 2 else None
+    # Halves: the truth of the rows as they were rounded on the way in.
+    truth = run(torch.float64, "cpu", "reference", norm) if rounded is None else eager
+    for name, a, b, c in zip(("products", "gradient of x", "gradient of y", "gradient of norm"), ours, truth, eager, strict=False):
+        assert a.dtype == c.dtype
+        assert_rule(name, a.double(), b.double(), c.double(), dtype, terms=N if name == "gradient of norm" else 0)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_gradcheck(backend):
+    x, y = (torch.randn(5, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    norm = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, y, norm: own_products(x, y, norm=norm, backend=backend), [x, y, norm])
+    assert torch.autograd.gradcheck(lambda x, y: own_products(x, y, backend=backend), [x, y])
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_rows_and_norms_that_are_not_finite(backend):
+    x, y = torch.ones(3, 2), torch.ones(3, 2)
+    x[1, 0] = torch.inf
+    assert own_products(x, y, norm=torch.tensor(2.0), backend=backend).isnan().tolist() == [False, True, False]
+    for norm in (0.0, -1.0, torch.inf, torch.nan):
+        assert own_products(x, y, norm=torch.tensor(norm), backend=backend).isnan().all()
+
+
+def test_rows_that_do_not_stand_beside_each_other_are_refused():
+    with pytest.raises(ValueError, match=r"y: expected shape \[3, 2\], got \[4, 2\]"):
+        own_products(torch.ones(3, 2), torch.ones(4, 2))
+    with pytest.raises(ValueError, match=r"norm: expected torch.float32 of shape \[\]"):
+        own_products(torch.ones(3, 2), torch.ones(3, 2), norm=torch.ones(1))
