@@ -49,6 +49,13 @@ def test_gradcheck(backend):
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
+def test_rows_are_rounded_to_the_product_dtype(backend):
+    x, y = torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(0))
+    ours, truth = (own_products(x, y, product_dtype=torch.bfloat16, backend=each) for each in (backend, "reference"))
+    torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_rows_and_norms_that_are_not_finite(backend):
     x, y = torch.ones(3, 2), torch.ones(3, 2)
     x[1, 0] = torch.inf
