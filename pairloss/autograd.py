@@ -106,24 +106,24 @@ def _top_k(*args: Any) -> Tensor:
         return selection.top_k(call, k)
 
 
-def _own_products(*args: Any) -> Tensor:
-    arranged, engine = _own(args)
-    return engine.own_products_fwd(arranged.call)
-
-
-def _own_products_backward(*args: Any) -> list[Tensor]:
-    *args_of_forward, weights, needs = args
-    arranged, engine = _own(args_of_forward)
-    *of_rows, norm = needs
-    grads = engine.own_products_bwd(arranged.call, weights, arranged.needs([*of_rows, norm, False, False]))
-    return _needed(arranged.from_grads(*grads, None, None)[:3], needs)
-
-
-def _own(args: Any) -> Any:
-    x, y, norm, product_dtype, backend = args
-    call = Call(x, y, norm, None, None, None, None, None, product_dtype)
+def _own_products(x: Tensor, y: Tensor, norm: Tensor | None, product_dtype: torch.dtype, backend: str | None) -> Tensor:
+    call = _own_call(x, y, norm, product_dtype)
     engine = engines.choose(call, backend)
-    return Arrangement(call, engine), engine
+    return engine.own_products_fwd(Arrangement(call, engine).call)
+
+
+def _own_products_backward(
+    x: Tensor, y: Tensor, norm: Tensor | None, product_dtype: torch.dtype, backend: str | None, weights: Tensor, needs: list[bool]
+) -> list[Tensor]:
+    call = _own_call(x, y, norm, product_dtype)
+    engine = engines.choose(call, backend)
+    arranged = Arrangement(call, engine)
+    dx, dy, dnorm = engine.own_products_bwd(arranged.call, weights, arranged.needs([*needs, False, False]))
+    return _needed(arranged.from_grads(dx, dy, dnorm, None, None)[:3], needs)
+
+
+def _own_call(x: Tensor, y: Tensor, norm: Tensor | None, product_dtype: torch.dtype) -> Call:
+    return Call(x, y, norm, None, None, None, None, None, product_dtype)
 
 
 def _needed(grads: list[Tensor | None], needs: list[bool]) -> list[Tensor]:

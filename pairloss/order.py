@@ -70,7 +70,7 @@ class Arrangement:
     def _through_norm(self, rows: Tensor | None, grad: Tensor | None, dnorm: Tensor | None) -> Any:
         if rows is None or grad is None or self.given.norm is None:
             return None, dnorm
-        grad, of_norm = unit.backward(rows.to(grad.dtype), self.given.norm, grad)
+        of_norm = unit.backward_(rows.to(grad.dtype), self.given.norm, grad)
         return grad.to(rows.dtype), of_norm if dnorm is None else dnorm + of_norm
 
 

@@ -21,12 +21,18 @@ def scaled(x: Tensor, norm: float | Tensor) -> Tensor:
     return x * (_inverse_norm(x) * _valid(norm))
 
 
-def backward(x: Tensor, norm: float | Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of x [N, D] and norm."""
+def backward_(x: Tensor, norm: Tensor, grad: Tensor) -> Tensor:
+    """From the gradient of `scaled` that of x, in the same memory; the result is that of norm."""
+    inverse, u, along = _along(x, grad)
+    grad.addcmul_(u, along, value=-1).mul_(inverse * _valid(norm))
+    return along.sum()
+
+
+def _along(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """1 / |x|, u = x / |x|, and <grad, u>, [N, 1]."""
     inverse = _inverse_norm(x)
     u = x * inverse
-    along = (grad * u).sum(1, keepdim=True)
-    return torch.addcmul(grad, u, along, value=-1) * (inverse * _valid(norm)), along.sum()
+    return inverse, u, (grad * u).sum(1, keepdim=True)
 
 
 class _Unit(torch.autograd.Function):
@@ -53,8 +59,14 @@ class _Unit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
-        dx, dnorm = backward(x, tensors[0] if tensors else ctx.norm, grad)
-        return dx if ctx.needs_input_grad[0] else None, dnorm if ctx.needs_input_grad[1] else None
+        inverse, u, along = _along(x, grad)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            factor = inverse * _valid(tensors[0] if tensors else ctx.norm)
+            dx = torch.addcmul(grad, u, along, value=-1)
+            # Fresh memory takes longer than the product. (Under vmap a tensor may be batched where dx is not.)
+            dx = dx * factor if tensors else dx.mul_(factor)
+        return dx, along.sum() if ctx.needs_input_grad[1] else None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dnorm: Tensor | None) -> Tensor:

@@ -219,8 +219,10 @@ class Run {
 
   // An anchor that has no direction has no statistics, not even those of an empty set.
   void poison(T* row_logs) const {
+    const int stats = sets() + (call_.totals ? 2 : 0);
     for (int64_t i = 0; i < call_.n; ++i) {
-      for (int k = 0; std::isnan(x_.lengths[i].scale) && k < sets() + (call_.totals ? 2 : 0); ++k) row_logs[k * call_.n + i] = std::numeric_limits<T>::quiet_NaN();
+      if (!std::isnan(x_.lengths[i].scale)) continue;
+      for (int k = 0; k < stats; ++k) row_logs[k * call_.n + i] = std::numeric_limits<T>::quiet_NaN();
     }
   }
 
@@ -327,19 +329,19 @@ class Run {
     rows.stride = rounded_up(kernels_.block_size(std::min(tile_, rows.n), call_.d, roles), PADDING);
     rows.data = aligned<T>((rows.n + tile_ - 1) / tile_ * rows.stride);
     rows.lengths.resize(rows.n);
-    by_block(rows, tile_, [&](int64_t i, int64_t n, T* memory) {
+    by_block(rows, std::min(tile_, rows.n), [&](int64_t i, int64_t n, T* memory) {
       for (int64_t r = 0; r < n; ++r) rows.lengths[i + r] = read(rows, i + r, memory + r * call_.d);
       kernels_.pack(memory, n, call_.d, roles, rows.data.get() + i / tile_ * rows.stride);
     });
   }
 
-  // f(the first row, how many, memory for so many rows) for every block, by all threads.
+  // f(the first row, how many, memory for `in_memory` rows) for every block, by all threads.
   template <class F>
   void by_block(const Rows& rows, int64_t in_memory, F f) {
-    const int64_t blocks = (rows.n + tile_ - 1) / tile_, threads = std::min<int64_t>(threads_, std::max<int64_t>(1, blocks));
+    const int64_t blocks = (rows.n + tile_ - 1) / tile_;
     std::atomic<int64_t> next{0};
-    in_parallel(int(threads), [&](int) {
-      const Aligned<T> memory = aligned<T>(std::min(in_memory, rows.n) * call_.d);
+    in_parallel(int(std::clamp<int64_t>(blocks, 1, threads_)), [&](int) {
+      const Aligned<T> memory = aligned<T>(in_memory * call_.d);
       for (int64_t k; (k = next++) < blocks;) f(k * tile_, std::min(tile_, rows.n - k * tile_), memory.get());
     });
   }
@@ -359,13 +361,14 @@ class Run {
   // f(i, x_i, y_i, their two lengths, memory for a row) with copies of the rows as they are compared.
   template <class F>
   void with_own_rows(F f) {
-    std::vector<T> memory(3 * call_.d);
-    T *x = memory.data(), *y = x + call_.d, *spare = y + call_.d;
-    for (int64_t i = 0; i < call_.n; ++i) {
-      const Length<T> lengths[] = {read(x_, i, x), read(y_, i, y)};
-      if (call_.bfloat16) kernels_.round(2 * call_.d, x);
-      f(i, x, y, lengths, spare);
-    }
+    by_block(x_, 3, [&](int64_t first, int64_t n, T* x) {
+      T *y = x + call_.d, *spare = y + call_.d;
+      for (int64_t i = first; i < first + n; ++i) {
+        const Length<T> lengths[] = {read(x_, i, x), read(y_, i, y)};
+        if (call_.bfloat16) kernels_.round(2 * call_.d, x);
+        f(i, x, y, lengths, spare);
+      }
+    });
   }
 
   void products(const Tile& t, const Scratch<T>& b) const {
@@ -413,13 +416,14 @@ class Run {
       if (!sums) return 0;
       const int64_t d = run.call_.d;
       std::vector<double> along(rows.n);
-      run.by_block(rows, 0, [&](int64_t first, int64_t n, T*) {
-        if (!run.call_.has_norm) return;
-        for (int64_t i = first; i < first + n; ++i) {
-          T* const sum = sums + i * d;
-          along[i] = run.give_back(rows, i, rows.lengths[i], sum, run.call_.half ? result : nullptr, sum);
-        }
-      });
+      if (run.call_.has_norm) {
+        run.by_block(rows, 0, [&](int64_t first, int64_t n, T*) {
+          for (int64_t i = first; i < first + n; ++i) {
+            T* const sum = sums + i * d;
+            along[i] = run.give_back(rows, i, rows.lengths[i], sum, run.call_.half ? result : nullptr, sum);
+          }
+        });
+      }
       if (sums == result && rows.order) put_in_order(sums, rows.order, rows.n, d);
       return std::accumulate(along.begin(), along.end(), 0.0);
     }
