@@ -81,7 +81,7 @@ def launches(arch: int, dtype: torch.dtype, d: int, modes: Iterable[str]) -> Ite
     assert set(calls) == set(MODES)
     for mode in modes:
         call = calls[mode]
-        needs = [True, False, call.row_bias is not None, False]
+        needs = [True, False, False, call.row_bias is not None, False]
         with _recorded(arch) as record:
             if mode in ("positives", "negatives"):
                 host.pair_sum_fwd(call, mode, "softplus")
