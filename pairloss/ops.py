@@ -295,8 +295,9 @@ def _check(
         if (ids_x is None) != (ids_y is None):
             raise ValueError("ids_x, ids_y: expected both or neither")
     dtype = statistics_dtype(x)
-    if norm is not None and (norm.dtype != dtype or norm.ndim):
-        raise ValueError(f"norm: expected {dtype} of shape [], got {norm.dtype} {list(norm.shape)}")
+    if norm is not None and (not isinstance(norm, Tensor) or norm.dtype != dtype or norm.ndim):
+        got = f"{norm.dtype} {list(norm.shape)}" if isinstance(norm, Tensor) else type(norm).__name__
+        raise ValueError(f"norm: expected a tensor of {dtype} and shape [], got {got}")
     candidates = x if y is None else y
     for name, vector, rows in (
         ("ids_x", ids_x, x),

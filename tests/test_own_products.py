@@ -67,5 +67,6 @@ def test_rows_and_norms_that_are_not_finite(backend):
 def test_rows_that_do_not_stand_beside_each_other_are_refused():
     with pytest.raises(ValueError, match=r"y: expected shape \[3, 2\], got \[4, 2\]"):
         own_products(torch.ones(3, 2), torch.ones(4, 2))
-    with pytest.raises(ValueError, match=r"norm: expected torch.float32 of shape \[\]"):
-        own_products(torch.ones(3, 2), torch.ones(3, 2), norm=torch.ones(1))
+    for norm, got in ((torch.ones(1), r"torch.float32 \[1\]"), (2.0, "float")):
+        with pytest.raises(ValueError, match=rf"norm: expected a tensor of torch.float32 and shape \[\], got {got}"):
+            own_products(torch.ones(3, 2), torch.ones(3, 2), norm=norm)
