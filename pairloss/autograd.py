@@ -19,8 +19,10 @@ from .reference import without_silent
 _library = torch.library.Library("pairloss", "DEF")
 
 # Which pairs are compared.
-_ROWS = "Tensor x, Tensor? y, Tensor? norm"
-_PAIRS = f"{_ROWS}, Tensor? ids_x, Tensor? ids_y, int? self_offset, Tensor? row_bias, Tensor? col_bias, ScalarType product_dtype"
+_PAIRS = (
+    "Tensor x, Tensor? y, Tensor? norm, Tensor? ids_x, Tensor? ids_y, int? self_offset, "
+    "Tensor? row_bias, Tensor? col_bias, ScalarType product_dtype"
+)
 NUM_PAIRS = _PAIRS.count(",") + 1
 DIFFERENTIABLE = (0, 1, 2, 6, 7)  # x, y, norm, row_bias, col_bias
 # And how, in the order of Call's fields.

@@ -144,19 +144,19 @@ void run(pairloss::Call call, double spread) {
   // As gradients, sums are as good as other numbers.
   pairloss::row_stats_backward(call, rows.get(), rows.get(), of_y(cols), of_y(cols),
       {for_x(dx), for_y(dy), for_norm, for_x(drow), for_y(dcol)});
-  // At a given norm, what lies along the rows is taken off: here nearly everything.
-  const auto largest = [&](const Array<T>& of_norm) {
-    double shortest = std::numeric_limits<double>::infinity();
-    for (const Array<T>* a : {&x, &y}) {
-      for (int64_t i = 0; i < a->size(); i += call.d) {
-        double square = 0;
-        for (int64_t k = i; k < i + call.d; ++k) square += double(a->get()[k]) * a->get()[k];
-        if (square > 0) shortest = std::min(shortest, std::sqrt(square));
-      }
+  // At a given norm what lies along a row is taken off its gradient, here nearly everything: what is left is measured by that. It adds
+  // up over n + m rows to the norm's gradient; twice its mean, since rows differ, and circle's have both signs.
+  const auto write_rows = [&](const Rows<T>& gradient, const Array<T>& of, const Array<T>& of_norm) {
+    Array<T> numbers = gradient.numbers();
+    for (int64_t i = 0; call.has_norm && i < numbers.size(); i += call.d) {
+      double square = 0;
+      for (int64_t k = i; k < i + call.d; ++k) square += double(of.get()[k]) * of.get()[k];
+      for (int64_t k = i; k < i + call.d; ++k) numbers.get()[k] *= T(std::sqrt(square) / call.norm);
     }
-    return call.has_norm ? std::abs(double(of_norm.get()[0])) * call.norm / shortest : 0;
+    write(numbers, of_gradients, call.has_norm ? 2 * std::abs(double(of_norm.get()[0])) / (n + m) : 0);
   };
-  for (const Rows<T>* a : {&dx, &dy}) write(a->numbers(), of_gradients, largest(dnorm));
+  write_rows(dx, x, dnorm);
+  write_rows(dy, y, dnorm);
   for (const Array<T>* a : {&dnorm, &drow, &dcol}) write(*a, a == &dnorm ? of_gradients : sizeof(T));
   if (call.circle) return;
   for (bool positives : {false, true}) {
@@ -166,7 +166,8 @@ void run(pairloss::Call call, double spread) {
       Array<T> snorm(1), srow(n), scol(m);
       pairloss::pair_sum(call, positives, softplus, sums.get(), weights.get(),
           {for_x(sx), for_y(sy), for_norm ? snorm.get() : nullptr, for_x(srow), for_y(scol)});
-      for (const Rows<T>* a : {&sx, &sy}) write(a->numbers(), of_gradients, largest(snorm));
+      write_rows(sx, x, snorm);
+      write_rows(sy, y, snorm);
       for (const Array<T>* a : {&snorm, &sums, &srow, &scol}) write(*a, a == &snorm ? of_gradients : sizeof(T));
     }
   }

@@ -54,28 +54,8 @@ def op_calls():
     yield "two", (x, y, None, ids_x, ids_y, None, torch.randn(9), torch.randn(7), *options)
     options = (torch.bfloat16, torch.tensor(0.1), "linear", 0.0, 1.0, True, float("inf"), False, "torch")
     yield "both-sides-cutoff", (x, y, torch.tensor(2.0), ids_x, ids_y, 2, None, torch.randn(7), *options)
-    yield (
-        "circle",
-        (
-            x,
-            None,
-            torch.tensor(1.0),
-            ids_x,
-            None,
-            0,
-            None,
-            None,
-            torch.float32,
-            None,
-            "circle",
-            0.25,
-            32.0,
-            False,
-            float("inf"),
-            False,
-            "torch",
-        ),
-    )
+    options = (torch.float32, None, "circle", 0.25, 32.0, False, float("inf"), False, "torch")
+    yield "circle", (x, None, torch.tensor(1.0), ids_x, None, 0, None, None, *options)
 
 
 @pytest.mark.parametrize(("name", "args"), list(op_calls()), ids=lambda v: v if isinstance(v, str) else "")

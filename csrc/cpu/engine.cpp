@@ -137,16 +137,16 @@ class Run {
   }
 
   void own_products(T* products) {
-    with_own_rows([&](int64_t i, const T* x, const T* y, const Length<T>*, T*) { products[i] = kernels_.dot(call_.d, x, y); });
+    with_own_rows([&](int64_t i, const T* x, const T* y, Length<T>, Length<T>) { products[i] = kernels_.dot(call_.d, x, y); });
   }
 
   void own_products_backward(const T* weights, const Gradients& grads) {
     std::vector<double> along(call_.n);
-    with_own_rows([&](int64_t i, T* x, T* y, const Length<T>* lengths, T* spare) {
+    with_own_rows([&](int64_t i, T* x, T* y, Length<T> of_x, Length<T> of_y) {
       for (T* row : {x, y}) {
         for (int64_t k = 0; k < call_.d; ++k) row[k] *= weights[i];
       }
-      along[i] = give_back(x_, i, lengths[0], y, grads.dx, spare) + give_back(y_, i, lengths[1], x, grads.dy, spare);
+      along[i] = give_back(x_, i, of_x, y, x_.at(i, grads.dx)) + give_back(y_, i, of_y, x, y_.at(i, grads.dy));
     });
     if (grads.dnorm) *static_cast<T*>(grads.dnorm) = T(std::accumulate(along.begin(), along.end(), 0.0));
   }
@@ -306,6 +306,7 @@ class Run {
 
     int64_t offset(int64_t i) const { return (order ? order[i] : i) * row_size; }
     const void* at(int64_t i) const { return given + offset(i); }
+    void* at(int64_t i, void* result) const { return result ? static_cast<char*>(result) + offset(i) : nullptr; }
     Block<T> block(int64_t k) const { return {data.get() + k * stride, roles}; }
 
     double longest() const {
@@ -351,22 +352,20 @@ class Run {
     return kernels_.read(rows.at(i), call_.half, call_.d, call_.has_norm ? &norm_ : nullptr, to);
   }
 
-  // The gradient of row i from that of the row as it is compared, into its place in `result`, or into `spare` where that is null. And the
-  // norm's part in it.
-  double give_back(const Rows& rows, int64_t i, Length<T> length, const T* gradient, void* result, T* spare) const {
-    void* const to = result ? static_cast<char*>(result) + rows.offset(i) : static_cast<void*>(spare);
+  // The gradient of row i from that of the row as it is compared; the norm's part in it.
+  double give_back(const Rows& rows, int64_t i, Length<T> length, const T* gradient, void* to) const {
     return kernels_.give_back(rows.at(i), call_.half, call_.d, length, gradient, to);
   }
 
-  // f(i, x_i, y_i, their two lengths, memory for a row) with copies of the rows as they are compared.
+  // f(i, x_i, y_i, their lengths) with copies of the rows as they are compared.
   template <class F>
   void with_own_rows(F f) {
-    by_block(x_, 3, [&](int64_t first, int64_t n, T* x) {
-      T *y = x + call_.d, *spare = y + call_.d;
+    by_block(x_, 2, [&](int64_t first, int64_t n, T* x) {
+      T* const y = x + call_.d;
       for (int64_t i = first; i < first + n; ++i) {
-        const Length<T> lengths[] = {read(x_, i, x), read(y_, i, y)};
+        const Length<T> of_x = read(x_, i, x), of_y = read(y_, i, y);
         if (call_.bfloat16) kernels_.round(2 * call_.d, x);
-        f(i, x, y, lengths, spare);
+        f(i, x, y, of_x, of_y);
       }
     });
   }
@@ -420,7 +419,7 @@ class Run {
         run.by_block(rows, 0, [&](int64_t first, int64_t n, T*) {
           for (int64_t i = first; i < first + n; ++i) {
             T* const sum = sums + i * d;
-            along[i] = run.give_back(rows, i, rows.lengths[i], sum, run.call_.half ? result : nullptr, sum);
+            along[i] = run.give_back(rows, i, rows.lengths[i], sum, run.call_.half ? rows.at(i, result) : sum);
           }
         });
       }

@@ -7,6 +7,7 @@
 
 #include "bfloat16.h"
 #include "product.h"
+#include "rows.h"
 #include "vector.h"
 
 #ifdef PAIRLOSS_AMX
@@ -40,6 +41,11 @@ template <class T>
 bool shared_shift(T low, T high, T* shift) {
   *shift = low > high || (low >= T(-NO_SHIFT) && high <= T(NO_SHIFT)) ? T(0) : (low + high) / 2;
   return high - low <= T(SPREAD);
+}
+
+template <class T>
+void clear(int n, T* to) {
+  for (int i = 0; i < n; i += WIDTH<T>) store(to + i, Vec<T>{});
 }
 
 // All bits of a lane set where the pair is positive.
@@ -179,9 +185,7 @@ template <class H, class T>
 void add_exponentials(Pairs<T> p, Tile t, Scratch<T> b, const Sums<T>& rows, const Sums<T>* cols) {
   constexpr bool MIX = H::MIX;
   const int first = MIX ? POSITIVES : t.set, last = MIX ? NEGATIVES : t.set;
-  for (int k = first; k <= last; ++k) {
-    for (int j = 0; j < t.cols; j += WIDTH<T>) store(b.col_total[k] + j, Vec<T>{});
-  }
+  for (int k = first; k <= last; ++k) clear(t.cols, b.col_total[k]);
   // Calls f(j, same, logits) for row i.
   const auto over_row = [&](int i, auto f) {
     leave_out(t, i, b.z + i * b.stride, -INFINITE<T>);
@@ -269,9 +273,7 @@ void exponential_weights(
     }
   }
   if (!cols) {
-    for (int k = first; k <= last; ++k) {
-      for (int j = 0; j < t.cols; j += WIDTH<T>) store(b.col_total[k] + j, Vec<T>{});
-    }
+    for (int k = first; k <= last; ++k) clear(t.cols, b.col_total[k]);
   }
 
   for (int i = 0; i < t.rows; ++i) {
@@ -307,12 +309,10 @@ void exponential_weights(
 }
 
 template <class T>
-void add_totals(Pairs<T> p, Tile t, Scratch<T> b, T* sums, T* numbers) {
+void add_totals(const Pairs<T>& p, const Tile& t, const Scratch<T>& b, T* sums, T* numbers) {
   T *col_sums = b.col_total[0], *col_numbers = b.col_total[1];
-  for (int j = 0; j < t.cols; j += WIDTH<T>) {
-    store(col_sums + j, Vec<T>{});
-    store(col_numbers + j, Vec<T>{});
-  }
+  clear(t.cols, col_sums);
+  clear(t.cols, col_numbers);
   for (int i = 0; i < t.rows; ++i) {
     T* z = b.z + i * b.stride;
     leave_out(t, i, z, -INFINITE<T>);
@@ -337,7 +337,7 @@ void add_totals(Pairs<T> p, Tile t, Scratch<T> b, T* sums, T* numbers) {
 
 // x against itself: W_ij + W_ji.
 template <class T>
-void add_total_weights(Pairs<T> p, Tile t, Scratch<T> b, const T* of_sums) {
+void add_total_weights(const Pairs<T>& p, const Tile& t, const Scratch<T>& b, const T* of_sums) {
   const bool symmetric = t.mirrored || t.diagonal;
   for (int i = 0; i < t.rows; ++i) {
     T* z = b.z + i * b.stride;
@@ -374,10 +374,8 @@ void pair_sum(Pairs<T> p, Tile t, Scratch<T> b, T* sums, const T* weights, T* ro
   const T sign = POSITIVE ? -1 : 1;
   const bool mixed = t.set == MIXED;
   T *col_sums = b.col_total[0], *col_weights = b.col_total[1];
-  for (int j = 0; j < t.cols; j += WIDTH<T>) {
-    store(col_sums + j, Vec<T>{});
-    store(col_weights + j, Vec<T>{});
-  }
+  clear(t.cols, col_sums);
+  clear(t.cols, col_weights);
   for (int i = 0; i < t.rows; ++i) {
     T* z = b.z + i * b.stride;
     leave_out(t, i, z, -sign * INFINITE<T>);
@@ -423,56 +421,6 @@ void mirror(int n, T* z, int64_t stride) {
   }
 }
 
-// The sum of f(k) for k = 0 ... n - 1, in double: as many digits as a library's norms have.
-template <class F>
-inline double sum_of(int64_t n, F f) {
-  constexpr int LANES = 8;
-  double lanes[LANES] = {}, total = 0;
-  int64_t k = 0;
-  for (; k + LANES <= n; k += LANES) {
-    for (int lane = 0; lane < LANES; ++lane) lanes[lane] += f(k + lane);
-  }
-  for (; k < n; ++k) total += f(k);
-  for (double lane : lanes) total += lane;
-  return total;
-}
-
-// Rows as they come, of T or of bfloat16.
-template <class T>
-struct Numbers {
-  static PAIRLOSS_INLINE T get(const T* row, int64_t k) { return row[k]; }
-  static PAIRLOSS_INLINE T get(const uint16_t* row, int64_t k) { return T(float_of(uint32_t(row[k]) << 16)); }
-  static PAIRLOSS_INLINE void put(T v, T* row, int64_t k) { row[k] = v; }
-  static PAIRLOSS_INLINE void put(T v, uint16_t* row, int64_t k) { row[k] = uint16_t(bfloat16_bits(float(v))); }
-};
-
-template <class T, class Given>
-Length<T> read(const Given* given, int64_t d, const T* norm, T* to) {
-  constexpr T ZERO_NORM = T(1e-12);  // as in pairloss/unit.py
-  const double square = sum_of(d, [&](int64_t k) {
-    const double v = Numbers<T>::get(given, k);
-    return v * v;
-  });
-  const double length = std::sqrt(square);
-  Length<T> result{T(0), T(1), T(length)};
-  if (norm) {
-    // 1 / inf would silently give the zero vector. NaN where a library's norm overflows, as in the other engines.
-    const double inverse = !(T(square) < INFINITE<T>) ? std::numeric_limits<double>::quiet_NaN() : T(length) > ZERO_NORM ? 1 / length : 0;
-    result = {T(inverse), T(inverse * *norm), *norm};
-  }
-  for (int64_t k = 0; k < d; ++k) to[k] = Numbers<T>::get(given, k) * result.scale;
-  return result;
-}
-
-// With u = given / |given|: scale (g - u <u, g>).
-template <class T, class Given>
-double give_back(const Given* given, int64_t d, Length<T> length, const T* gradient, Given* to) {
-  const double along = length.inverse * sum_of(d, [&](int64_t k) { return double(gradient[k]) * Numbers<T>::get(given, k); });
-  const T part = T(along) * length.inverse;
-  for (int64_t k = 0; k < d; ++k) Numbers<T>::put((gradient[k] - Numbers<T>::get(given, k) * part) * length.scale, to, k);
-  return along;
-}
-
 // Calls f with the How of a tile.
 template <class T, class F>
 inline void with_how(const Pairs<T>& p, const Tile& t, F f) {
@@ -496,10 +444,8 @@ constexpr Kernels<T> table() {
   k.read = [](const void* given, bool half, int64_t d, const T* norm, T* to) {
     return half ? read(static_cast<const uint16_t*>(given), d, norm, to) : read(static_cast<const T*>(given), d, norm, to);
   };
-  k.dot = [](int64_t d, const T* x, const T* y) { return T(sum_of(d, [&](int64_t k) { return double(x[k]) * y[k]; })); };
-  k.round = [](int64_t d, T* row) {
-    for (int64_t i = 0; i < d; ++i) row[i] = T(float_of(bfloat16_bits(float(row[i])) << 16));
-  };
+  k.dot = dot<T>;
+  k.round = round_to_bfloat16<T>;
   k.give_back = [](const void* given, bool half, int64_t d, Length<T> length, const T* gradient, void* to) {
     return half ? give_back(static_cast<const uint16_t*>(given), d, length, gradient, static_cast<uint16_t*>(to))
                 : give_back(static_cast<const T*>(given), d, length, gradient, static_cast<T*>(to));
@@ -515,10 +461,8 @@ constexpr Kernels<T> table() {
                               T* row_bias, T* col_bias) {
     with_how(p, t, [&](auto how) { exponential_weights<decltype(how)>(p, t, b, rows, cols, row_bias, col_bias); });
   };
-  k.add_totals = [](const Pairs<T>& p, const Tile& t, const Scratch<T>& b, T* sums, T* numbers) { add_totals(p, t, b, sums, numbers); };
-  k.add_total_weights = [](const Pairs<T>& p, const Tile& t, const Scratch<T>& b, const T* of_sums) {
-    add_total_weights(p, t, b, of_sums);
-  };
+  k.add_totals = add_totals<T>;
+  k.add_total_weights = add_total_weights<T>;
   k.pair_sum = [](const Pairs<T>& p, const Tile& t, const Scratch<T>& b, Set over, bool softplus, T* sums, const T* weights,
                    T* row_bias, T* col_bias) {
     with(softplus, over == POSITIVES, [&](auto soft, auto positive) {

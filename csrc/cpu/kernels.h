@@ -105,7 +105,7 @@ struct Kernels {
   // A row [d] as it comes, of T or `half`, of bfloat16; to: as it is compared, scaled to the norm *norm where not null.
   Length<T> (*read)(const void* given, bool half, int64_t d, const T* norm, T* to);
 
-  // From the gradient of the row as it is compared, that of the row as it came, in its type. The result is that of the norm.
+  // From the gradient of the row as it is compared, that of the row as it came, in its type, where `to` is not null. The result is the norm's.
   double (*give_back)(const void* given, bool half, int64_t d, Length<T> length, const T* gradient, void* to);
 
   // <x, y>; and `row` rounded to bfloat16.
