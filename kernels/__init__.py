@@ -9,31 +9,22 @@ import re
 import torch
 from torch import Tensor
 
-from .. import selection
+from .. import engines, selection
 from ..engines import Call, Statistics, SumsAndGrads, weights_of, with_logs
 
 OLDEST_TRITON = (3, 6)  # the oldest seen: bench/notes.md
 OLDEST_CAPABILITY = (8, 0)  # bfloat16 and tf32 matrix units, asynchronous copies
-# Sorting by label costs a few launches; below this the whole loss costs no more.
-LABEL_ORDER_ROWS = 2048
-LABEL_ORDER_TILES = 4  # in place of the above while pairloss.testing.tile_size is active
 
 
 def why_not(call: Call) -> str | None:
     return _wrong_device(call.x.device) or _wrong_call(call) or _missing_triton()
 
 
-def label_order_pays(call: Call) -> bool:
-    from .tiles import override
-
-    tile = override()
-    return min(call.x.shape[0], call.candidates.shape[0]) >= (LABEL_ORDER_ROWS if tile is None else LABEL_ORDER_TILES * tile)
-
-
 def arranges(call: Call) -> bool:
     return False
 
 
+label_order_pays = engines.label_order_pays
 own_products_fwd, own_products_bwd = selection.own_products_fwd, selection.own_products_bwd
 
 

@@ -10,6 +10,7 @@ As many threads as torch.get_num_threads(), with the same bits for any number of
 import torch
 from torch import Tensor
 
+from . import engines
 from .engines import Call, Statistics, SumsAndGrads, tile_size, zero_grads
 
 _missing: str | None = None
@@ -17,9 +18,6 @@ try:
     from . import _cpu
 except ImportError as error:
     _missing = str(error)
-
-# Sorting costs about as much as it saves while there are fewer tile rows than this.
-LABEL_ORDER_TILES = 4
 
 
 def why_not(call: Call) -> str | None:
@@ -35,9 +33,7 @@ def instruction_set() -> str | None:
     return None if _missing is not None else _cpu.targets()[0]
 
 
-def label_order_pays(call: Call) -> bool:
-    tile = _cpu.tile_rows(call.x.dtype == torch.float64, _in_bfloat16(call), tile_size(0))
-    return min(call.x.shape[0], call.candidates.shape[0]) >= LABEL_ORDER_TILES * tile
+label_order_pays = engines.label_order_pays
 
 
 def arranges(call: Call) -> bool:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import operands, selection
-from .engines import Call, Statistics, SumsAndGrads, tile_size, weights_of, with_logs
+from . import engines, operands, selection
+from .engines import Call, Statistics, SumsAndGrads, weights_of, with_logs
 from .operands import GROUPS, NO_SHIFT, SETS
 
 _cuda: Any
@@ -25,9 +25,6 @@ except ImportError as error:
     _missing = str(error)
 
 OLDEST_CAPABILITY = (7, 5)
-# Sorting by label costs a few launches; below this the whole loss costs no more.
-LABEL_ORDER_ROWS = 2048
-LABEL_ORDER_TILES = 4  # in place of the above while pairloss.testing.tile_size is active
 # Blocks that a GPU is to have: its multiprocessors hold three or four each. Where a side has fewer tiles, each block visits a part of the
 # candidates only. The number is the same for all GPUs, and so are the bits.
 BLOCKS = 512
@@ -56,15 +53,11 @@ def _why_missing() -> str:
     return "pip install . would, with the nvcc that is here" if nvcc else "no nvcc found"
 
 
-def label_order_pays(call: Call) -> bool:
-    tile = _Tile.of(call)
-    return min(call.x.shape[0], call.candidates.shape[0]) >= (LABEL_ORDER_TILES * tile.rows if tile_size(0) else LABEL_ORDER_ROWS)
-
-
 def arranges(call: Call) -> bool:
     return False
 
 
+label_order_pays = engines.label_order_pays
 own_products_fwd, own_products_bwd = selection.own_products_fwd, selection.own_products_bwd
 
 

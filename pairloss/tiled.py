@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from . import engines, selection
 from . import pairs as pair_tiles
-from . import selection
 from .engines import Call, Statistics, SumsAndGrads, normalised, weights_of, with_logs, zero_grads
 from .pairs import LOG2E, Pairs, Role, Tile
 
-# Sorting costs about as much as it saves while there are fewer tile rows than this.
-LABEL_ORDER_TILES = 4
 # A logarithm costs as much as the product: one serves 2^HALVINGS terms 1 + e^z, whose product float32 holds up to this z.
 HALVINGS, MULTIPLIED = 3, 10.0
 SETS = ("positives", "negatives")
@@ -31,7 +29,7 @@ def why_not(call: Call) -> str | None:
 
 
 def label_order_pays(call: Call) -> bool:
-    return min(call.x.shape[0], call.candidates.shape[0]) >= LABEL_ORDER_TILES * pair_tiles.tile_rows(call) and pair_tiles.on_host(call)
+    return pair_tiles.on_host(call) and engines.label_order_pays(call)
 
 
 def arranges(call: Call) -> bool:

@@ -73,9 +73,6 @@ PYBIND11_MODULE(_cpu, module) {
         pairloss::own_products_backward(call, pointer(weights), gradients(dx, dy, dnorm, 0, 0));
       },
       release());
-  module.def("tile_rows", [](bool is_double, bool bfloat16, int64_t wanted) {
-    return is_double ? pairloss::tile_size<double>(false, wanted) : pairloss::tile_size<float>(bfloat16, wanted);
-  });
   module.def("targets", &pairloss::targets);
   module.def("use_target", &pairloss::use_target);
 }

@@ -21,6 +21,10 @@ namespace {
 #define PAIRLOSS_THREAD_FLOPS 4e6
 #endif
 
+// Rows are cut into so many blocks, or more: as many tiles can be visited at once, of a symmetric matrix half as many. Not the number of
+// threads: the same tiles give the same bits for any.
+constexpr int64_t BLOCKS = 8, SYMMETRIC_BLOCKS = 16;
+
 // A cache line: vectors that cross two cost a fourth of the products' speed.
 constexpr std::align_val_t ALIGNMENT{64};
 
@@ -71,7 +75,7 @@ class Run {
         kernels_(kernels<T>(call.bfloat16)),
         symmetric_(call.symmetric),
         m_(symmetric_ ? call.n : call.m),
-        tile_(tile_size<T>(call.bfloat16, call.tile)),
+        tile_(tile_size<T>(call.bfloat16, call.tile, std::min(call.n, m_) / (symmetric_ ? SYMMETRIC_BLOCKS : BLOCKS))),
         blocks_x_((call.n + tile_ - 1) / tile_),
         blocks_y_((m_ + tile_ - 1) / tile_),
         row_bias_(padded(static_cast<const T*>(call.row_bias), call.n)),

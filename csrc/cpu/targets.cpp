@@ -87,7 +87,7 @@ const Target& target() {
 // measured best (bench/notes.md).
 constexpr double CACHE_SHARE = 0.46;
 constexpr int64_t CACHE_BYTES = 512 << 10;  // where the system doesn't say
-constexpr int64_t LARGEST_TILE = 512;
+constexpr int64_t SMALLEST_TILE = 48, LARGEST_TILE = 512;  // smaller ones read and write more sums than they compute
 
 int64_t cache_bytes() {
 #ifdef _SC_LEVEL2_CACHE_SIZE
@@ -126,16 +126,16 @@ const Kernels<T>& kernels(bool bfloat16) {
 }
 
 template <class T>
-int64_t tile_size(bool bfloat16, int64_t wanted) {
+int64_t tile_size(bool bfloat16, int64_t wanted, int64_t share) {
   const Kernels<T>& k = kernels<T>(bfloat16);
   if (wanted > 0) return rounded_up(wanted, k.width);
   const int64_t fits = std::min(int64_t(std::sqrt(CACHE_SHARE * cache_bytes() / k.pair_bytes)), LARGEST_TILE);
-  return std::max<int64_t>(fits / k.panel, 1) * k.panel;
+  return std::min(std::max<int64_t>(fits / k.panel, 1) * k.panel, rounded_up(std::max(share, SMALLEST_TILE), k.panel));
 }
 
 template const Kernels<float>& kernels(bool);
 template const Kernels<double>& kernels(bool);
-template int64_t tile_size<float>(bool, int64_t);
-template int64_t tile_size<double>(bool, int64_t);
+template int64_t tile_size<float>(bool, int64_t, int64_t);
+template int64_t tile_size<double>(bool, int64_t, int64_t);
 
 }  // namespace pairloss

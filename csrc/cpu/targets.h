@@ -17,8 +17,9 @@ void use_target(const std::string&);
 template <class T>
 const Kernels<T>& kernels(bool bfloat16);
 
-// The rows and columns of a tile: `wanted`, rounded up to what the tile functions serve, or for 0 what fits the cache.
+// The rows and columns of a tile: `wanted`, rounded up to what the tile functions serve, or for 0 what fits the cache, but not
+// more than `share` or what is worth a tile.
 template <class T>
-int64_t tile_size(bool bfloat16, int64_t wanted);
+int64_t tile_size(bool bfloat16, int64_t wanted, int64_t share);
 
 }  // namespace pairloss
