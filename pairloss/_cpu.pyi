@@ -29,6 +29,7 @@ class Call:
         cutoff: float,
         logit_bound: float,
         totals: bool,
+        own: bool,
         tile: int,
         threads: int,
     ) -> None: ...

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import engines, selection, totals
+from . import engines, own_pairs, selection, totals
 from .binding import positional
 from .engines import Call, statistics_dtype
 from .order import Arrangement
@@ -27,7 +27,7 @@ NUM_PAIRS = _PAIRS.count(",") + 1
 DIFFERENTIABLE = (0, 1, 2, 6, 7)  # x, y, norm, row_bias, col_bias
 # And how, in the order of Call's fields.
 _ROW_STATS = f"{_PAIRS}, Tensor? cutoff, str score, float m, float gamma, bool both_sides, float logit_bound, bool totals, str? backend"
-_PAIR_SUM = f"{_PAIRS}, str over, str term, str? backend"
+_PAIR_SUM = f"{_PAIRS}, str over, str term, bool own, str? backend"
 _SELECTED = "Tensor x, Tensor y, Tensor index, ScalarType product_dtype"
 _OWN = "Tensor x, Tensor y, Tensor? norm, ScalarType product_dtype, str? backend"
 
@@ -91,13 +91,15 @@ def _pair_sum_with_grads(*args: Any) -> tuple[Tensor, list[Tensor]]:
 
 
 def _pair_sum_call(args: Any, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> Any:
-    *pairs, over, term, backend = args
-    call = Call(*pairs)
+    *pairs, over, term, own, backend = args
+    call = Call(*pairs)._replace(own=own)
     engine = engines.choose(call, backend)
     with engines.without_autocast(call.x):
         arranged = Arrangement(call, engine)
         weights = None if weights is None else arranged.rows(weights)
         sums, grads = engine.pair_sum_fwd_bwd(arranged.call, over, term, with_sums, weights, arranged.needs(needs))
+        if own and not arranged.by_engine:
+            own_pairs.add(arranged.call, engine, sums, weights, grads)
         return arranged.from_rows(sums), _needed(arranged.from_grads(*grads), needs)
 
 
@@ -229,9 +231,11 @@ class PairSum(torch.autograd.Function):
     @positional
     def forward(
         x: Tensor, y: Any, norm: Any, ids_x: Any, ids_y: Any, self_offset: Any, row_bias: Any, col_bias: Any, product_dtype: torch.dtype,
-        over: str, term: str, backend: Any,
+        over: str, term: str, own: bool, backend: Any,
     ) -> Any:  # fmt: skip
-        return torch.ops.pairloss.pair_sum(x, y, norm, ids_x, ids_y, self_offset, row_bias, col_bias, product_dtype, over, term, backend)
+        return torch.ops.pairloss.pair_sum(
+            x, y, norm, ids_x, ids_y, self_offset, row_bias, col_bias, product_dtype, over, term, own, backend
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -249,10 +253,10 @@ class PairTotal(torch.autograd.Function):
     @positional
     def forward(
         x: Tensor, y: Any, norm: Any, ids_x: Any, ids_y: Any, self_offset: Any, row_bias: Any, col_bias: Any, product_dtype: torch.dtype,
-        over: str, term: str, backend: Any, weights: Tensor, needs: list[bool],
+        over: str, term: str, own: bool, backend: Any, weights: Tensor, needs: list[bool],
     ) -> Any:  # fmt: skip
         pairs = (x, y, norm, ids_x, ids_y, self_offset, row_bias, col_bias, product_dtype)
-        sums, grads = torch.ops.pairloss.pair_sum_with_grads(*pairs, over, term, backend, weights, needs)
+        sums, grads = torch.ops.pairloss.pair_sum_with_grads(*pairs, over, term, own, backend, weights, needs)
         sums = without_silent(sums, weights)
         return (weights * sums).sum(), sums, *grads
 

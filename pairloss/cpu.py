@@ -114,6 +114,7 @@ class _Arguments:
             cutoff=-torch.inf if call.cutoff is None else call.cutoff.item(),
             logit_bound=call.logit_bound,
             totals=call.totals,
+            own=call.own,
             tile=tile_size(0),
             threads=torch.get_num_threads(),
         )

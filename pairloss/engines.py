@@ -4,8 +4,9 @@ An engine is a module with eight functions; a new one is that module and a line 
 
     why_not(call) -> str | None                                why it can't run this call, None if it can
     label_order_pays(call) -> bool                             whether rows sorted by label make it faster
-    arranges(call) -> bool                                     whether it normalises and sorts the rows, and forms the totals, by itself:
-                                                               else call.norm, the orders and dnorm are None, call.totals is False
+    arranges(call) -> bool                                     whether it normalises and sorts the rows, and forms totals and own pairs,
+                                                               by itself: else call.norm, the orders and dnorm are None, call.totals and
+                                                               call.own False
     row_stats_fwd(call)                                        sum of exp(z) over each set of each row (column), and its logarithm
         -> (rows, cols, row_sums, col_sums)
     row_stats_bwd(call, row_sums, row_grads, col_sums,         from A_ij = the weight of the pair's set in row i (and in column j),
@@ -76,6 +77,7 @@ class Call(NamedTuple):
     both_sides: bool = False
     logit_bound: float = math.inf
     totals: bool = False
+    own: bool = False  # of a pair sum
     # Which row of x, and of y, the anchors and candidates are, whose biases and ids come in this order; None: the rows as they come.
     order_x: Tensor | None = None
     order_y: Tensor | None = None

@@ -130,15 +130,11 @@ def siglip(
     dtype = loss_dtype(image)
     logit_scale = checks.temperature("logit_scale", logit_scale, image, dtype)
     logit_bias = checks.scalar("logit_bias", logit_bias, image, dtype)
-    rows = prepare(real_view(image), real_view(text), of_multiplier(logit_scale), metric, None, None).widened()
-    assert rows.y is not None
-    bias = torch.as_tensor(logit_bias, dtype=dtype, device=image.device)
-    positives = anchors.softplus(-bias - rows.products(rows.y, backend))
-    weights = None if reduction == "none" else anchors.shares(positives, weight, reduction)
-    negatives = ops.pair_sum(
-        rows.x, rows.y, ids, ids, 0, bias.expand(image.shape[0]),
-        norm=rows.norm, over="negatives", weights=weights, product_dtype=rows.product_dtype, backend=backend,
+    rows = prepare(real_view(image), real_view(text), of_multiplier(logit_scale), metric, None, None)
+    bias = torch.as_tensor(logit_bias, dtype=dtype, device=image.device).expand(image.shape[0])
+    weights = None if reduction == "none" else anchors.shares(bias, weight, reduction)
+    losses = ops.pair_sum(
+        rows.x, rows.y, ids, ids, 0, bias,
+        norm=rows.norm, over="negatives", weights=weights, own=True, product_dtype=rows.product_dtype, backend=backend,
     )  # fmt: skip
-    if weights is None:
-        return anchors.reduce(positives + negatives, None, weight, reduction)
-    return anchors.reduce(positives, None, weight, reduction) + negatives
+    return anchors.reduce(losses, None, weight, reduction) if weights is None else losses

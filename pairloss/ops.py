@@ -8,6 +8,7 @@ The path of a call, forward and backward alike:
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,6 +121,7 @@ def pair_sum(
     over: str,
     term: str = "softplus",
     weights: Tensor | None = None,
+    own: bool = False,
     product_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -141,6 +143,8 @@ def pair_sum(
         weights: [N] in the dtype of the result, to get sum_i weights_i sum_i. Its gradient is formed in the forward pass, which spares the
             backward pass a product of all pairs, and held until then: the memory of x and y. (Where there is no backward pass,
             torch.no_grad() spares forming it.) A weight of 0 silences an infinite sum.
+        own: the pair left out, x_i and y_i, is the anchor's positive: log(1 + e^-z_ii) is added. Over negatives, with y of as many
+            rows, self_offset 0 and softplus terms.
         product_dtype, backend: as in :func:`row_stats`.
 
     Returns:
@@ -160,23 +164,38 @@ def pair_sum(
         raise ValueError(f"over: expected one of {OVER}, 'positives' with ids_x, got {over!r}")
     if term not in TERMS:
         raise ValueError(f"term: expected one of {TERMS}, got {term!r}")
+    if own and (over != "negatives" or term != "softplus" or y is None or y.shape[0] != x.shape[0] or self_offset != 0):
+        raise ValueError("own: expected over='negatives', term='softplus', y of as many rows as x and self_offset 0")
     spread = ranks.current()
     x, y, norm = _normalised(x, y, norm, backend)
     pairs = (x, y, norm, *_int64(ids_x, ids_y), self_offset, row_bias, col_bias, product_dtype)
     if weights is None:
         if backend == engines.REFERENCE:
-            return reference.pair_sum(Call(*pairs), over, term)
+            return reference.pair_sum(Call(*pairs, own=own), over, term)
         if spread is not None:
-            return over_ranks.pair_sum(spread, *pairs, over, term, backend)
-        return PairSum.apply(*pairs, over, term, backend)
+            sums = over_ranks.pair_sum(spread, *pairs, over, term, False, backend)
+            return sums + _own_terms(pairs, backend) if own else sums
+        return PairSum.apply(*pairs, over, term, own, backend)
     if weights.shape != x.shape[:1] or weights.dtype != statistics_dtype(x):
         raise ValueError(f"weights: expected {statistics_dtype(x)} of shape [{x.shape[0]}], got {weights.dtype} {list(weights.shape)}")
     if backend == engines.REFERENCE:
-        return (weights * reference.without_silent(reference.pair_sum(Call(*pairs), over, term), weights)).sum()
+        return _weighted(weights, reference.pair_sum(Call(*pairs, own=own), over, term))
     needs = [torch.is_grad_enabled() and v is not None and v.requires_grad for v in (x, y, norm, row_bias, col_bias)]
     if spread is not None:
-        return ranks.total(over_ranks.pair_total(spread, *pairs, over, term, backend, weights, needs))
-    return PairTotal.apply(*pairs, over, term, backend, weights, needs)[0]
+        total = over_ranks.pair_total(spread, *pairs, over, term, False, backend, weights, needs)
+        return ranks.total(total + _weighted(weights, _own_terms(pairs, backend)) if own else total)
+    return PairTotal.apply(*pairs, over, term, own, backend, weights, needs)[0]
+
+
+def _own_terms(pairs: tuple[Any, ...], backend: str | None) -> Tensor:
+    """log(1 + e^-z_ii), with its gradient."""
+    x, y, norm, *_, row_bias, col_bias, product_dtype = pairs
+    z = own_products(x, y, norm=norm, product_dtype=product_dtype, backend=backend)
+    return -torch.nn.functional.logsigmoid(z + sum(bias for bias in (row_bias, col_bias) if bias is not None))
+
+
+def _weighted(weights: Tensor, sums: Tensor) -> Tensor:
+    return (weights * reference.without_silent(sums, weights)).sum()
 
 
 def top_k(

@@ -31,8 +31,8 @@ class Arrangement:
             x, y = (_take(self._of_norm(rows), order, 0) for rows, order in ((call.x, self.order_x), (call.y, self.order_y)))
             changes |= {"x": x, "y": y, "norm": None}
             self.poison = None if call.norm is None else x[:, 0] * 0  # what is NaN in one column is in all
-        if call.totals and not self.by_engine:
-            changes["totals"] = False
+        if (call.totals or call.own) and not self.by_engine:
+            changes |= {"totals": False, "own": False}
         self.call = call._replace(**changes) if changes else call
 
     def _of_norm(self, rows: Tensor | None) -> Any:

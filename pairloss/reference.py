@@ -31,9 +31,11 @@ def pair_sum(call: Call, over: str, term: str) -> Tensor:
     """pairloss.ops.pair_sum with the N x M matrix."""
     z = biased(products(call), call.row_bias, call.col_bias)
     mask = sets(call)[("positives", "negatives").index(over)]
+    values = z
     if term == "softplus":
-        z = -logsigmoid(z) if over == "positives" else -logsigmoid(-z)
-    return torch.where(mask, z, 0).sum(1)
+        values = -logsigmoid(z) if over == "positives" else -logsigmoid(-z)
+    sums = torch.where(mask, values, 0).sum(1)
+    return sums - logsigmoid(z.diagonal()) if call.own else sums
 
 
 def top_k(call: Call, k: int) -> Tensor:

@@ -164,6 +164,7 @@ void run(pairloss::Call call, double spread) {
     for (bool softplus : {false, true}) {
       Rows<T> sx(n * call.d, call.half), sy(m * call.d, call.half);
       Array<T> snorm(1), srow(n), scol(m);
+      call.own = !call.symmetric && !positives && softplus;
       pairloss::pair_sum(call, positives, softplus, sums.get(), weights.get(),
           {for_x(sx), for_y(sy), for_norm ? snorm.get() : nullptr, for_x(srow), for_y(scol)});
       write_rows(sx, x, snorm);

@@ -76,10 +76,12 @@ def test_opcheck_of_the_other_ops(over):
     x, y = torch.randn(9, 4), torch.randn(7, 4)
     pairs = (x, y, torch.tensor(2.0), torch.arange(9) % 3, torch.arange(7) % 3, None, torch.randn(9), torch.randn(7), torch.float32)
     ops = torch.ops.pairloss
-    torch.library.opcheck(ops.pair_sum.default, (*pairs, over, "softplus", "torch"))
-    torch.library.opcheck(ops.pair_sum_backward.default, (*pairs, over, "softplus", "torch", torch.randn(9), [True] * 5))
+    torch.library.opcheck(ops.pair_sum.default, (*pairs, over, "softplus", False, "torch"))
+    torch.library.opcheck(ops.pair_sum_backward.default, (*pairs, over, "softplus", False, "torch", torch.randn(9), [True] * 5))
     for needs in ([True] * 5, [False, True, False, False, False], [False] * 5):
-        torch.library.opcheck(ops.pair_sum_with_grads.default, (*pairs, over, "softplus", "torch", torch.randn(9), needs))
+        torch.library.opcheck(ops.pair_sum_with_grads.default, (*pairs, over, "softplus", False, "torch", torch.randn(9), needs))
+    own = (x, x + 1, torch.tensor(2.0), None, None, 0, None, None, torch.float32, "negatives", "softplus", True, "torch")
+    torch.library.opcheck(ops.pair_sum_with_grads.default, (*own, torch.randn(9), [True] * 3 + [False] * 2))
     torch.library.opcheck(ops.top_k.default, (*pairs, torch.tensor(0.1), 3))
     index = ops.top_k(*pairs, None, 3)
     torch.library.opcheck(ops.selected_products.default, (x, y, index, torch.float32))

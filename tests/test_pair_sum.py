@@ -11,13 +11,16 @@ D = 6
 OPTIONS = [
     *("self", "self-bias", "self-words", "self-no-ids-bias", "two", "two-bias", "two-words", "two-offset", "two-offset-bias"),
     *("two-no-ids", "two-no-ids-offset-bias", "two-infinite-bias"),
+    *("two-own", "two-own-bias", "two-own-words", "two-own-one-id-bias", "two-own-no-ids", "two-own-no-ids-bias"),
 ]
 OVER = ("positives", "negatives")
-CASES = [(option, over) for option in OPTIONS for over in OVER if "no-ids" not in option or over == "negatives"]
+CASES = [(option, over) for option in OPTIONS for over in OVER if over == "negatives" or not ("no-ids" in option or "own" in option)]
 
 
 def arguments(n: int, m: int, option: str, over: str):
     generator = torch.Generator().manual_seed(n + m)
+    own = "own" in option
+    m = n if own else m
 
     def randn(*shape: int) -> torch.Tensor:
         return 3 * torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -28,6 +31,8 @@ def arguments(n: int, m: int, option: str, over: str):
     if "no-ids" not in option:
         others["ids_x"] = torch.randint(0, 3, (n,), generator=generator)
         others["ids_y"] = torch.randint(0, 3, (m,), generator=generator) if two_sets else None
+    if "one-id" in option:
+        others |= {k: torch.zeros_like(v) for k, v in others.items() if isinstance(v, torch.Tensor)}
     if "words" in option:
         others |= {k: 1 << torch.randint(0, 9, (len(v), 2), generator=generator) for k, v in others.items() if isinstance(v, torch.Tensor)}
     if "bias" in option:
@@ -37,8 +42,10 @@ def arguments(n: int, m: int, option: str, over: str):
     if "infinite" in option:
         for name in ("row_bias", "col_bias"):
             differentiable[name][::4] = torch.inf if over == "positives" else -torch.inf
-    if "offset" in option or not two_sets:
-        others["self_offset"] = 3 if two_sets else 0
+    if "offset" in option or own or not two_sets:
+        others["self_offset"] = 3 if "offset" in option else 0
+    if own:
+        others["own"] = True
     return differentiable, others
 
 
@@ -60,6 +67,8 @@ def run(differentiable, others, dtype, device, backend, term):
 def test_sums_and_gradients(engine, option, over, term, dtype, tile):
     if "infinite" in option and term == "linear":
         pytest.skip("infinite biases have no linear sum")
+    if "own" in option and term == "linear":
+        pytest.skip("own pairs have no linear sum")
     if "words" in option and engine.name == "triton":
         pytest.skip("triton does not serve multi-hot words")
     skip_if_unable(engine, dtype)
@@ -94,6 +103,13 @@ def test_gradcheck_through_the_tiles(option, over, backend, tile):
         ({"over": "positives"}, "'positives' with ids_x"),
         ({"over": "negatives", "term": "hinge"}, r"term: expected one of \('softplus', 'linear'\), got 'hinge'"),
         ({"over": "negatives", "col_bias": torch.zeros(3)}, "y=None: expected col_bias=None"),
+        ({"over": "negatives", "self_offset": 0, "own": True}, "own: expected .* y of as many rows as x and self_offset 0"),
+        ({"over": "negatives", "y": torch.zeros(3, 2), "own": True}, "own: expected .* self_offset 0"),
+        ({"over": "negatives", "y": torch.zeros(4, 2), "self_offset": 0, "own": True}, "own: expected"),
+        (
+            {"over": "negatives", "y": torch.zeros(3, 2), "self_offset": 0, "own": True, "term": "linear"},
+            "own: expected .* term='softplus'",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(changed, message):

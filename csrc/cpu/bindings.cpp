@@ -21,10 +21,10 @@ T* pointer(uintptr_t address) {
 Call make_call(bool is_double, bool bfloat16, bool half, bool symmetric, bool has_ids, int64_t n, int64_t m, int64_t d, uintptr_t x,
     uintptr_t y, uintptr_t order_x, uintptr_t order_y, std::optional<double> norm, uintptr_t ids_x, uintptr_t ids_y, int64_t words,
     std::optional<int64_t> self_offset, uintptr_t row_bias, uintptr_t col_bias, bool circle, double margin, double gamma, double cutoff,
-    double logit_bound, bool totals, int64_t tile, int threads) {
+    double logit_bound, bool totals, bool own, int64_t tile, int threads) {
   return {is_double, bfloat16, half, symmetric, has_ids, n, m, d, pointer(x), pointer(y), pointer<int64_t>(order_x), pointer<int64_t>(order_y),
       norm.has_value(), norm.value_or(0), pointer<int64_t>(ids_x), pointer<int64_t>(ids_y), words, self_offset.has_value(),
-      self_offset.value_or(0), pointer(row_bias), pointer(col_bias), circle, margin, gamma, cutoff, logit_bound, totals, tile, threads};
+      self_offset.value_or(0), pointer(row_bias), pointer(col_bias), circle, margin, gamma, cutoff, logit_bound, totals, own, tile, threads};
 }
 
 Gradients gradients(uintptr_t dx, uintptr_t dy, uintptr_t dnorm, uintptr_t drow_bias, uintptr_t dcol_bias) {
@@ -41,7 +41,7 @@ PYBIND11_MODULE(_cpu, module) {
           py::arg("has_ids"), py::arg("n"), py::arg("m"), py::arg("d"), py::arg("x"), py::arg("y"), py::arg("order_x"), py::arg("order_y"),
           py::arg("norm"), py::arg("ids_x"), py::arg("ids_y"), py::arg("words"), py::arg("self_offset"), py::arg("row_bias"),
           py::arg("col_bias"), py::arg("circle"), py::arg("margin"), py::arg("gamma"), py::arg("cutoff"), py::arg("logit_bound"), py::arg("totals"),
-          py::arg("tile"), py::arg("threads"));
+          py::arg("own"), py::arg("tile"), py::arg("threads"));
 
   module.def(
       "row_stats",

@@ -18,7 +18,7 @@ namespace {
 
 // Floating-point operations that pay for another thread; tests want threads for less.
 #ifndef PAIRLOSS_THREAD_FLOPS
-#define PAIRLOSS_THREAD_FLOPS 4e6
+#define PAIRLOSS_THREAD_FLOPS 1e6
 #endif
 
 // Rows are cut into so many blocks, or more: as many tiles can be visited at once, of a symmetric matrix half as many. Not the number of
@@ -88,6 +88,7 @@ class Run {
     pairs_.y = {col_bias_.data(), (symmetric_ ? ids_x_ : ids_y_).data(), m_ + PADDING};
     pairs_.words = int(call.words * sizeof(int64_t) / sizeof(Id));
     pairs_.d = call.d;
+    pairs_.own = call.own;
     pairs_.circle = call.circle;
     pairs_.m = T(call.margin);
     pairs_.gamma = T(call.gamma);
@@ -288,7 +289,7 @@ class Run {
     t.set = call_.words ? MIXED : NEGATIVES;
     if (call_.has_ids && !call_.words) {
       const auto &x = ranges_x_[block_x], &y = (symmetric_ ? ranges_x_ : ranges_y_)[block_y];
-      if (x.first <= y.second && y.first <= x.second) t.set = x.first == x.second && x == y ? POSITIVES : MIXED;
+      if (x.first <= y.second && y.first <= x.second) t.set = x.first == x.second && x == y && !call_.own ? POSITIVES : MIXED;
     }
     t.left_out = call_.has_self ? call_.self_offset + t.i - t.j : -tile_;
     t.mirrored = symmetric_ && block_x != block_y;

@@ -26,6 +26,7 @@ struct Call {
   bool circle;
   double margin, gamma, cutoff, logit_bound;
   bool totals;  // two more rows of logarithms: the sums of <x_i, y_j> over the pairs of one id, and how many they are. And gradients of the sums
+  bool own;  // over negatives in pair_sum: the pair left out is a positive
   int64_t tile;  // rows and columns, 0: what fits the cache
   int threads;
 };

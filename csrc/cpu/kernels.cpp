@@ -378,8 +378,11 @@ void pair_sum(Pairs<T> p, Tile t, Scratch<T> b, T* sums, const T* weights, T* ro
   clear(t.cols, col_weights);
   for (int i = 0; i < t.rows; ++i) {
     T* z = b.z + i * b.stride;
-    leave_out(t, i, z, -sign * INFINITE<T>);
     const T bias = p.x.bias[t.i + i], weight = weights ? weights[t.i + i] : T(0);
+    const int64_t own = t.left_out + i;
+    const bool has_own = p.own && own >= 0 && own < t.cols;
+    const T own_logit = has_own ? z[own] + (bias + p.y.bias[t.j + own]) : T(0);
+    leave_out(t, i, z, -sign * INFINITE<T>);
     Vec<T> row_sum = {}, row_weight = {};
     for (int j = 0; j < t.cols; j += WIDTH<T>) {
       Vec<T> s = load(z + j);
@@ -403,8 +406,15 @@ void pair_sum(Pairs<T> p, Tile t, Scratch<T> b, T* sums, const T* weights, T* ro
       }
       store(z + j, w);
     }
-    if (sums) sums[t.i + i] += sum<T>(row_sum);
-    if (row_bias) row_bias[t.i + i] += sum<T>(row_weight);
+    T own_sum = 0, own_weight = 0;
+    if (has_own) {
+      const Term<T, true, true> of_own(broadcast(-own_logit));
+      own_sum = of_own.value[0];
+      own_weight = z[own] = weight * of_own.slope[0];
+      col_weights[own] += own_weight;
+    }
+    if (sums) sums[t.i + i] += sum<T>(row_sum) + own_sum;
+    if (row_bias) row_bias[t.i + i] += sum<T>(row_weight) + own_weight;
   }
   T* bias_of_cols = t.mirrored ? row_bias : col_bias;
   for (int j = 0; j < t.cols; ++j) {

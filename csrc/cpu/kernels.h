@@ -48,6 +48,7 @@ struct Pairs {
   bool circle;
   T m, gamma;
   T cutoff;  // -inf: none
+  bool own;  // in a pair sum over negatives the pair left out is a positive
 };
 
 // What a row is scaled by.
