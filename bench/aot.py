@@ -30,12 +30,12 @@ from pairloss.engines import Call
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIMS = (64, 128, 256, 512)
-MODES = ("all", "ids", "ids, any tau", "ids, bias", "two sets", "both sides", "circle", "cutoff", "positives", "negatives")
+MODES = ("all", "ids", "ids, any tau", "ids, bias", "two sets", "both sides", "circle", "cutoff", "positives", "negatives", "rows")
 # Shared memory that one program can have, bytes: CUDA C++ Programming Guide, table of technical specifications.
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 # The matrix instruction of the architecture: mma, wgmma, tcgen05.
 MATRIX = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA", 120: "HMMA"}
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,16 @@ def launches(arch: int, dtype: torch.dtype, d: int, modes: Iterable[str]) -> Ite
         "positives": everything._replace(ids_x=ids, row_bias=torch.zeros(n)),
         "negatives": everything._replace(y=y, row_bias=torch.zeros(n), col_bias=torch.zeros(n), self_offset=None),
     }
-    assert set(calls) == set(MODES)
+    assert {*calls, "rows"} == set(MODES)
     for mode in modes:
-        call = calls[mode]
+        call = calls.get(mode, everything)
         needs = [True, False, False, call.row_bias is not None, False]
         with _recorded(arch) as record:
-            if mode in ("positives", "negatives"):
+            if mode == "rows":
+                given = x.to(dtype), torch.ones(()), torch.arange(n)
+                host.scaled_rows_fwd(*given, dtype)
+                host.scaled_rows_bwd(*given, x)
+            elif mode in ("positives", "negatives"):
                 host.pair_sum_fwd(call, mode, "softplus")
                 host.pair_sum_bwd(call, mode, "softplus", torch.zeros(n), needs)
             else:
@@ -189,7 +193,7 @@ def main() -> None:
                     if options.kernel not in kernel:
                         continue
                     tile = launch.tile
-                    shape = f"{tile.block_m}x{tile.block_n}x{launch.arguments['BLOCK_D']}"
+                    shape = f"{tile.block_m}x{tile.block_n}x{launch.arguments.get('BLOCK_D')}"
                     head = f"{kernel:26} {launch.mode:13} {arch:3} {name} {d:5} {shape:>13} {tile.num_warps:5} {tile.num_stages:6}"
                     result = report(compiled(launch, arch), arch)
                     print(

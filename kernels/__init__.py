@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import engines, selection
-from ..engines import Call, Statistics, SumsAndGrads, weights_of, with_logs
+from ..engines import Call, Statistics, SumsAndGrads
 
 OLDEST_TRITON = (3, 6)  # the oldest seen: bench/notes.md
 OLDEST_CAPABILITY = (8, 0)  # bfloat16 and tf32 matrix units, asynchronous copies
@@ -28,10 +28,22 @@ label_order_pays = engines.label_order_pays
 own_products_fwd, own_products_bwd = selection.own_products_fwd, selection.own_products_bwd
 
 
+def scaled_rows_fwd(rows: Tensor, norm: Tensor, order: Tensor | None, product_dtype: torch.dtype) -> Tensor:
+    from . import launch
+
+    return launch.scaled_rows_fwd(rows, norm, order, product_dtype)
+
+
+def scaled_rows_bwd(rows: Tensor, norm: Tensor, order: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor]:
+    from . import launch
+
+    return launch.scaled_rows_bwd(rows, norm, order, grad)
+
+
 def row_stats_fwd(call: Call) -> Statistics:
     from . import launch
 
-    return with_logs(*launch.row_stats_fwd(call))
+    return launch.row_stats_fwd(call)
 
 
 def row_stats_bwd(
@@ -39,7 +51,7 @@ def row_stats_bwd(
 ) -> list[Tensor | None]:
     from . import launch
 
-    return launch.row_stats_bwd(call, weights_of(row_sums, row_grads), weights_of(col_sums, col_grads), needs)
+    return launch.row_stats_bwd(call, row_sums, row_grads, col_sums, col_grads, needs)
 
 
 def pair_sum_fwd_bwd(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> SumsAndGrads:

@@ -8,13 +8,15 @@ import triton
 from torch import Tensor
 
 from .. import operands
-from ..engines import Call
-from ..operands import GROUPS, NO_SHIFT, SETS, Sums, tile_ranges, visits
+from ..engines import Call, Statistics
+from ..operands import GROUPS, LOWEST, NO_SHIFT, SETS, visits
 from . import tiles
 from .backward import grads_kernel, weights_kernel
 from .pair_sum import pair_sum_fwd_kernel
 from .row_stats import row_stats_fwd_kernel
+from .rows import scaled_rows_backward_kernel, scaled_rows_kernel
 from .tiles import Tile
+from .vectors import id_ranges_kernel, largest_kernel, scaled_weights_kernel, total_kernel, weight_ranges_kernel
 
 # As many as the forward kernel of row_stats has for x against itself.
 PROGRAMS = GROUPS * (GROUPS + 1) // 2
@@ -22,6 +24,8 @@ PROGRAMS = GROUPS * (GROUPS + 1) // 2
 SLAB_BYTES = 64 << 20
 # Columns are padded to a multiple of this, so that every load is a whole 32 bytes.
 ALIGN = 16
+# Of a vector, for each program of four warps.
+ENTRIES = 1024
 
 
 class _Side(NamedTuple):
@@ -30,7 +34,7 @@ class _Side(NamedTuple):
     rows: Tensor  # [n, D] in the product dtype, D padded
     ids: Tensor | None  # [n] int32
     bias: Tensor | None  # [n]
-    weights: Tensor | None = None  # g, scaled, and the log-sums [2, K, n], or of a pair sum g alone [n]; None: this side has none
+    weights: Tensor | None = None  # g, scaled, and m [2, K, n], or of a pair sum g alone [n]; None: this side has none
 
 
 class _Form(NamedTuple):
@@ -40,10 +44,28 @@ class _Form(NamedTuple):
     over: int = 1  # the set that a pair sum is over
 
 
-def row_stats_fwd(call: Call) -> tuple[Tensor, Tensor]:
+class _Sums:
+    """Sums of e^z per group, set and row, held as s e^m; m is 0 where the logits are bounded."""
+
+    def __init__(self, groups: int, sets: int, n: int, bounded: bool, device: torch.device) -> None:
+        self.bounded = bounded
+        self.s = torch.zeros(groups, sets, n, dtype=torch.float32, device=device)
+        self.m = self.s if bounded else torch.full_like(self.s, LOWEST)
+
+    def total(self) -> tuple[Tensor, Tensor]:
+        """Over all groups, [2, K, n], and its logarithm."""
+        groups, sets, n = self.s.shape
+        sums, logs = self.s.new_empty(2, sets, n), self.s.new_empty(sets, n)
+        arguments = {"p_s": self.s, "p_m": self.m, "p_sums": sums, "p_logs": logs, "groups": groups, "BOUNDED": self.bounded}
+        _launch_over_entries(total_kernel, logs.numel(), arguments)
+        return sums, logs
+
+
+def row_stats_fwd(call: Call) -> Statistics:
     n, m, sets = call.x.shape[0], call.candidates.shape[0], call.num_sets
     if n == 0 or m == 0:
-        return call.x.new_zeros(2, sets, n), call.x.new_zeros(2, sets, m if call.both_sides else 0)
+        sums = [call.x.new_zeros(2, sets, size, dtype=call.dtype) for size in (n, m if call.both_sides else 0)]
+        return sums[0][0].log(), sums[1][0].log(), sums[0], sums[1]
     x, y = _sides(call)
     tile = tiles.choose(tiles.FORWARD, x.rows.shape[1], x.rows.dtype, x.rows.device)
     assert tile is not None
@@ -52,9 +74,8 @@ def row_stats_fwd(call: Call) -> tuple[Tensor, Tensor]:
     groups_x, groups_y = triton.cdiv(n, span_x * tile.block_m), triton.cdiv(m, span_y * tile.block_m)
     bounded = call.logit_bound <= NO_SHIFT
 
-    float32 = torch.empty(0, dtype=torch.float32, device=x.rows.device)
-    rows = Sums(float32, groups_y, sets, n, bounded)
-    cols = rows if call.symmetric else Sums(float32, groups_x, sets, m if call.both_sides else 0, bounded)
+    rows = _Sums(groups_y, sets, n, bounded, x.rows.device)
+    cols = rows if call.symmetric else _Sums(groups_x, sets, m if call.both_sides else 0, bounded, x.rows.device)
     arguments = _arguments(call, x, y, tile, call.self_offset) | _score_arguments(call)
     arguments |= {
         "p_rows_m": rows.m,
@@ -69,14 +90,15 @@ def row_stats_fwd(call: Call) -> tuple[Tensor, Tensor]:
         "WHOLE_D": tile.block_d is None,
     }
     _launch(row_stats_fwd_kernel, (groups_y, groups_x), tile, arguments)
-    result = rows.total()
-    return result, result.new_empty(2, sets, 0) if call.symmetric else cols.total()
+    row_sums, row_logs = rows.total()
+    col_sums, col_logs = cols.total() if call.both_sides else (row_sums.new_empty(2, sets, 0), row_logs.new_empty(sets, 0))
+    return row_logs, col_logs, row_sums, col_sums
 
 
 def pair_sum_fwd(call: Call, over: str, term: str) -> Tensor:
     n, m = call.x.shape[0], call.candidates.shape[0]
     if n == 0 or m == 0:
-        return call.x.new_zeros(n)
+        return call.x.new_zeros(n, dtype=call.dtype)
     x, y = _sides(call)
     tile = tiles.choose(tiles.FORWARD, x.rows.shape[1], x.rows.dtype, x.rows.device)
     assert tile is not None
@@ -91,20 +113,39 @@ def pair_sum_fwd(call: Call, over: str, term: str) -> Tensor:
     return sums.sum(0)
 
 
-def row_stats_bwd(call: Call, row_weights: Tensor, col_weights: Tensor, needs: list[bool]) -> list[Tensor | None]:
-    scale = operands.scale(operands.steepest(call), row_weights[0], col_weights[0])
-    row_weights, col_weights = (_scaled(call, v, scale) for v in (row_weights, col_weights))
-    return _grads(call, _Form(), row_weights, col_weights if call.both_sides else None, 1 / scale, needs)
+def row_stats_bwd(
+    call: Call, row_sums: Tensor, row_grads: Tensor, col_sums: Tensor, col_grads: Tensor, needs: list[bool]
+) -> list[Tensor | None]:
+    sides = [(row_sums, row_grads), (col_sums, col_grads)]
+    return _grads(call, _Form(), sides if call.both_sides else sides[:1], needs)
 
 
 def pair_sum_bwd(call: Call, over: str, term: str, weights: Tensor, needs: list[bool]) -> list[Tensor | None]:
-    scale = operands.scale(1.0, weights)
-    return _grads(call, _Form(term, SETS.index(over)), weights * scale, None, 1 / scale, needs)
+    return _grads(call, _Form(term, SETS.index(over)), [(None, weights)], needs)
 
 
-def _grads(
-    call: Call, form: _Form, row_weights: Tensor, col_weights: Tensor | None, unscale: Tensor, needs: list[bool]
-) -> list[Tensor | None]:
+def _scaled_weights(call: Call, sides: list[tuple[Tensor | None, Tensor]]) -> tuple[list[Tensor], Tensor]:
+    """Of each side's sums and their gradients the weights, scaled, and what takes the scale off again."""
+    device, steepest = call.x.device, operands.steepest(call)
+    parts = [triton.cdiv(grads.numel(), ENTRIES) for _, grads in sides]
+    largest = torch.empty(sum(parts), dtype=torch.float32, device=device)
+    unscale = torch.empty((), dtype=torch.float32, device=device)
+    calls: list[dict[str, Any]] = []
+    for (sums, grads), part in zip(sides, largest.split(parts), strict=True):
+        given = {"p_sums": None if sums is None else sums.contiguous(), "p_grads": grads.contiguous(), "HAS_SUMS": sums is not None}
+        _launch_over_entries(largest_kernel, grads.numel(), given | {"p_largest": part})
+        weights = torch.empty_like(grads if sums is None else sums, memory_format=torch.contiguous_format)
+        calls.append(given | {"p_weights": weights, "N": grads.shape[-1]})
+    scale = {"p_largest": largest, "parts": sum(parts), "p_unscale": unscale, "CIRCLE": call.score == "circle"}
+    scale["p_steepest"] = steepest if isinstance(steepest, Tensor) else None
+    for given in calls:
+        _launch_over_entries(scaled_weights_kernel, given["p_grads"].numel(), given | scale)
+    return [given["p_weights"] for given in calls], unscale
+
+
+def _grads(call: Call, form: _Form, sides: list[tuple[Tensor | None, Tensor]], needs: list[bool]) -> list[Tensor | None]:
+    (row_weights, *others), unscale = _scaled_weights(call, sides)
+    col_weights = others[0] if others else None
     x, y = _sides(call)
     x = x._replace(weights=row_weights)
     y = x if call.symmetric else y._replace(weights=col_weights)
@@ -171,6 +212,28 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
+def scaled_rows_fwd(rows: Tensor, norm: Tensor, order: Tensor | None, product_dtype: torch.dtype) -> Tensor:
+    result = torch.empty(rows.shape, dtype=product_dtype, device=rows.device)
+    _launch_over_rows(scaled_rows_kernel, rows, norm, order, {"p_rows": result})
+    return result
+
+
+def scaled_rows_bwd(rows: Tensor, norm: Tensor, order: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor]:
+    drows, along = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device), grad.new_empty(len(rows))
+    _launch_over_rows(scaled_rows_backward_kernel, rows, norm, order, {"p_grad": grad.contiguous(), "p_dx": drows, "p_along": along})
+    return drows, along.sum()
+
+
+def _launch_over_rows(kernel: Any, rows: Tensor, norm: Tensor, order: Tensor | None, arguments: dict[str, Any]) -> None:
+    n, d = rows.shape
+    if n == 0:
+        return
+    tile = tiles.of_rows(d)
+    arguments |= {"p_x": rows.contiguous(), "p_norm": norm, "p_order": order, "HAS_ORDER": order is not None}
+    arguments |= {"N": n, "D": d, "BLOCK_N": tile.block_m, "BLOCK_D": tile.block_d}
+    _launch(kernel, (triton.cdiv(n, tile.block_m),), tile, arguments)
+
+
 def _sides(call: Call) -> tuple[_Side, _Side]:
     ids_x, ids_y = operands.ranks(call.ids_x, call.ids_y)
     x = _Side(_operand(call.x, call), ids_x, _bias(call.row_bias, call.col_bias, call.x))
@@ -191,24 +254,19 @@ def _bias(bias: Tensor | None, other: Tensor | None, rows: Tensor) -> Tensor | N
     return None if other is None else torch.zeros(rows.shape[0], dtype=torch.float32, device=rows.device)
 
 
-def _scaled(call: Call, weights: Tensor, scale: Tensor) -> Tensor:
-    g, m = weights
-    if call.score == "circle":  # the kernels know the slope's magnitude, which for positives is negative
-        g = torch.stack([-g[0], g[1]])
-    return torch.stack([g * scale, m])
-
-
 def _arguments(call: Call, x: _Side, y: _Side, tile: Tile, self_offset: int | None) -> dict[str, Any]:
     """What all kernels take."""
     d = x.rows.shape[1]
     block_d = tiles.padded(d) if tile.block_d is None else tile.block_d
+    range_x = _id_ranges(x, tile.block_m)
+    same = y.ids is x.ids and tile.block_n == tile.block_m
     return {
         "p_x": x.rows,
         "p_y": y.rows,
         "p_ids_x": x.ids,
         "p_ids_y": y.ids,
-        "p_range_x": None if x.ids is None else tile_ranges(x.ids, x.ids, tile.block_m),
-        "p_range_y": None if y.ids is None else tile_ranges(y.ids, y.ids, tile.block_n),
+        "p_range_x": range_x,
+        "p_range_y": range_x if same else _id_ranges(y, tile.block_n),
         "p_bias_x": x.bias,
         "p_bias_y": y.bias,
         "N": x.rows.shape[0],
@@ -270,8 +328,28 @@ def _weight_arguments(call: Call, form: _Form, x: _Side, y: _Side, tile: Tile, s
     }
 
 
+def _id_ranges(side: _Side, block: int) -> Tensor | None:
+    """[2, T]: the least and the greatest id of every tile."""
+    if side.ids is None:
+        return None
+    n = len(side.ids)
+    tile, t = tiles.of_entries(block), triton.cdiv(n, block)
+    ranges = side.ids.new_empty(2, t)
+    _launch(id_ranges_kernel, (t,), tile, {"p_ids": side.ids, "p_range": ranges, "N": n, "T": t, "BLOCK": block})
+    return ranges
+
+
 def _log_sum_ranges(side: _Side, block: int) -> Tensor | None:
-    return None if side.weights is None else operands.weight_ranges(side.weights, block)
+    """[2, K, T]: the least and the greatest m of every tile's weights."""
+    if side.weights is None:
+        return None
+    _, sets, n = side.weights.shape
+    tile, t = tiles.of_entries(block), triton.cdiv(n, block)
+    ranges = side.weights.new_empty(2, sets, t)
+    _launch(
+        weight_ranges_kernel, (t, sets), tile, {"p_weights": side.weights, "p_range": ranges, "N": n, "T": t, "SETS": sets, "BLOCK": block}
+    )
+    return ranges
 
 
 def launch_options(tile: Tile) -> dict[str, Any]:
@@ -279,7 +357,13 @@ def launch_options(tile: Tile) -> dict[str, Any]:
     return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
 
 
+def _launch_over_entries(kernel: Any, size: int, arguments: dict[str, Any]) -> None:
+    if size:
+        grid = (triton.cdiv(size, ENTRIES),)
+        _launch(kernel, grid, tiles.of_entries(ENTRIES), arguments | {"size": size, "BLOCK": ENTRIES})
+
+
 def _launch(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: dict[str, Any]) -> None:
-    device = arguments["p_x"].device
+    device = next(v.device for v in arguments.values() if isinstance(v, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](**arguments, **launch_options(tile))

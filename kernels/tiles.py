@@ -59,6 +59,22 @@ WEIGHTS = (
 )
 
 
+# Of the kernels that go through rows once: so many numbers at a time, 16 a thread.
+ROWS_TILE = 2048
+WIDEST = 512
+
+
+def of_rows(d: int) -> Tile:
+    """block_m rows, block_d of their d columns at a time."""
+    block_d = min(padded(d), WIDEST)
+    return Tile(ROWS_TILE // block_d, 1, block_d, 4, 1)
+
+
+def of_entries(block: int) -> Tile:
+    """So many entries of a vector."""
+    return Tile(block, 1, None, 4 if block >= 512 else 1, 1)
+
+
 def override() -> int | None:
     """The tile that pairloss.testing.tile_size asks for, at least what tl.dot takes."""
     from ._math import INTERPRETED

@@ -10,7 +10,7 @@ As many threads as torch.get_num_threads(), with the same bits for any number of
 import torch
 from torch import Tensor
 
-from . import engines
+from . import engines, order
 from .engines import Call, Statistics, SumsAndGrads, tile_size, zero_grads
 
 _missing: str | None = None
@@ -34,6 +34,7 @@ def instruction_set() -> str | None:
 
 
 label_order_pays = engines.label_order_pays
+scaled_rows_fwd, scaled_rows_bwd = order.scaled_rows_fwd, order.scaled_rows_bwd
 
 
 def arranges(call: Call) -> bool:

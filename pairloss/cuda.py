@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import engines, operands, selection
+from . import engines, operands, order, selection
 from .engines import Call, Statistics, SumsAndGrads, weights_of, with_logs
 from .operands import GROUPS, NO_SHIFT, SETS
 
@@ -58,6 +58,7 @@ def arranges(call: Call) -> bool:
 
 
 label_order_pays = engines.label_order_pays
+scaled_rows_fwd, scaled_rows_bwd = order.scaled_rows_fwd, order.scaled_rows_bwd
 own_products_fwd, own_products_bwd = selection.own_products_fwd, selection.own_products_bwd
 
 

@@ -1,6 +1,6 @@
 """The table of engines and the one place that chooses between them.
 
-An engine is a module with eight functions; a new one is that module and a line in ENGINES:
+An engine is a module with ten functions; a new one is that module and a line in ENGINES:
 
     why_not(call) -> str | None                                why it can't run this call, None if it can
     label_order_pays(call) -> bool                             whether rows sorted by label make it faster
@@ -15,6 +15,10 @@ An engine is a module with eight functions; a new one is that module and a line 
     pair_sum_fwd_bwd(call, over, term, with_sums,              sum of term(z) over one set of each row, None unless with_sums; and
         weights, needs)                                        with weights [N], which may be None, from W_ij = weights_i term'(z_ij)
         -> (sums [N], [dx, dy, dnorm, drow_bias, dcol_bias])
+    scaled_rows_fwd(rows, norm, order, product_dtype) -> rows  where it doesn't arrange: rows of the given norm, row order[i] at place i, in
+    scaled_rows_bwd(rows, norm, order, grad)                   norm's dtype, or rounded for the products already; and from their gradient,
+        -> (drows, dnorm)                                      which it may overwrite, that of what came. order.py has these two for
+                                                               engines that have none of their own
     own_products_fwd(call)                                     <x_i, y_i> of rows that stand beside each other, [N]; selection.py has
     own_products_bwd(call, weights, needs)                     these two for engines that have none of their own
         -> [dx, dy, dnorm]

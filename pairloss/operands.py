@@ -1,4 +1,5 @@
-"""What the engines with kernels of their own prepare and reduce around them. O(N D) PyTorch, no host synchronisation."""
+"""What the engines with kernels of their own prepare and reduce around them, "cuda" more of it than "triton" (kernels/vectors.py). O(N D)
+PyTorch, no host synchronisation."""
 
 import math
 
@@ -59,7 +60,7 @@ def steepest(call: Call) -> Tensor | float:
     """A bound on the score's slope, from |s_ij| <= |x| |y|."""
     if call.score == "linear":
         return 1.0
-    longest_x, longest_y = (_largest(torch.linalg.vector_norm(rows, dim=1)) for rows in (call.x, call.candidates))
+    longest_x, longest_y = (_largest(torch.linalg.vector_norm(rows, dim=1, dtype=call.dtype)) for rows in (call.x, call.candidates))
     return abs(call.gamma) * ((longest_x * longest_y).nan_to_num() + 1 + abs(call.m))
 
 

@@ -18,7 +18,7 @@ class Arrangement:
     """
 
     def __init__(self, call: Call, engine: Any) -> None:
-        self.given, self.by_engine = call, engine.arranges(call)
+        self.given, self.engine, self.by_engine = call, engine, engine.arranges(call)
         self.order_x, self.order_y = _label_order(call, engine)
         self.poison: Tensor | None = None  # [N]: NaN for an anchor that has no direction
         changes: dict[str, Any] = {}
@@ -28,15 +28,17 @@ class Arrangement:
         if self.by_engine:
             changes |= {} if self.order_x is None else {"order_x": self.order_x, "order_y": self.order_y}
         elif call.norm is not None or self.order_x is not None:
-            x, y = (_take(self._of_norm(rows), order, 0) for rows, order in ((call.x, self.order_x), (call.y, self.order_y)))
+            x, y = (self._arranged(rows, order) for rows, order in ((call.x, self.order_x), (call.y, self.order_y)))
             changes |= {"x": x, "y": y, "norm": None}
             self.poison = None if call.norm is None else x[:, 0] * 0  # what is NaN in one column is in all
         if (call.totals or call.own) and not self.by_engine:
             changes |= {"totals": False, "own": False}
         self.call = call._replace(**changes) if changes else call
 
-    def _of_norm(self, rows: Tensor | None) -> Any:
-        return rows if rows is None or self.given.norm is None else unit.scaled(rows.to(self.given.dtype), self.given.norm)
+    def _arranged(self, rows: Tensor | None, order: Tensor | None) -> Any:
+        if rows is None or self.given.norm is None:
+            return _take(rows, order, 0)
+        return self.engine.scaled_rows_fwd(rows, self.given.norm, order, self.given.product_dtype)
 
     def rows(self, per_row: Tensor) -> Tensor:
         """What belongs to the anchors, along the last dimension, as the engine takes it."""
@@ -61,17 +63,27 @@ class Arrangement:
     def from_grads(self, dx: Any, dy: Any, dnorm: Any, drow_bias: Any, dcol_bias: Any) -> list[Tensor | None]:
         drow_bias, dcol_bias = _put(drow_bias, self.order_x), _put(dcol_bias, self.order_y)
         if not self.by_engine:
-            dx, dy = (_put(grad, order, 0) for grad, order in ((dx, self.order_x), (dy, self.order_y)))
-            if self.given.norm is not None:
-                dx, dnorm = self._through_norm(self.given.x, dx, None)
-                dy, dnorm = self._through_norm(self.given.y, dy, dnorm)
+            dx, of_x = self._given_back(self.given.x, self.order_x, dx)
+            dy, of_y = self._given_back(self.given.y, self.order_y, dy)
+            dnorm = of_x if of_y is None else of_y if of_x is None else of_x + of_y
         return [dx, dy, dnorm, drow_bias, dcol_bias]
 
-    def _through_norm(self, rows: Tensor | None, grad: Tensor | None, dnorm: Tensor | None) -> Any:
-        if rows is None or grad is None or self.given.norm is None:
-            return None, dnorm
-        of_norm = unit.backward_(rows.to(grad.dtype), self.given.norm, grad)
-        return grad.to(rows.dtype), of_norm if dnorm is None else dnorm + of_norm
+    def _given_back(self, rows: Tensor | None, order: Tensor | None, grad: Tensor | None) -> Any:
+        """The gradient of rows as they were given, and what that of the norm has from them."""
+        if grad is None or self.given.norm is None:
+            return _put(grad, order, 0), None
+        return self.engine.scaled_rows_bwd(rows, self.given.norm, order, grad)
+
+
+def scaled_rows_fwd(rows: Tensor, norm: Tensor, order: Tensor | None, product_dtype: torch.dtype) -> Tensor:
+    """As engines.py says."""
+    return _take(unit.scaled(rows.to(norm.dtype), norm), order, 0)
+
+
+def scaled_rows_bwd(rows: Tensor, norm: Tensor, order: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor]:
+    grad = _put(grad, order, 0)
+    of_norm = unit.backward_(rows.to(grad.dtype), norm, grad)
+    return grad.to(rows.dtype), of_norm
 
 
 def _label_order(call: Call, engine: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -90,7 +102,7 @@ def _take(tensor: Tensor | None, order: Tensor | None, dim: int) -> Any:
     return tensor if tensor is None or order is None else tensor.index_select(dim, order)
 
 
-def _put(tensor: Tensor | None, order: Tensor | None, dim: int = -1) -> Tensor | None:
+def _put(tensor: Tensor | None, order: Tensor | None, dim: int = -1) -> Any:
     if tensor is None or order is None or not tensor.shape[dim]:
         return tensor
     return torch.empty_like(tensor).index_copy_(dim, order, tensor)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from . import engines, selection
+from . import engines, order, selection
 from . import pairs as pair_tiles
 from .engines import Call, Statistics, SumsAndGrads, normalised, weights_of, with_logs, zero_grads
 from .pairs import LOG2E, Pairs, Role, Tile
@@ -36,6 +36,7 @@ def arranges(call: Call) -> bool:
     return False
 
 
+scaled_rows_fwd, scaled_rows_bwd = order.scaled_rows_fwd, order.scaled_rows_bwd
 own_products_fwd, own_products_bwd = selection.own_products_fwd, selection.own_products_bwd
 
 

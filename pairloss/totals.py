@@ -45,7 +45,7 @@ def _labelled(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
     """Both sides, with rows as the products round them, and whether each row leaves out itself."""
     assert call.ids_x is not None
     assert call.candidate_ids is not None
-    x, y = (rounded(rows, call.product_dtype) for rows in (call.x, call.candidates))
+    x, y = (rounded(rows, call.product_dtype).to(call.dtype) for rows in (call.x, call.candidates))
     return x, y, call.ids_x, call.candidate_ids, call.self_offset is not None
 
 

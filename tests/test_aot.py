@@ -25,7 +25,7 @@ PAIR_SUM = [("pair_sum_fwd", "positives", 90, 128), ("grads", "positives", 80, 2
 
 
 def report(kernel: str, mode: str, arch: int, d: int) -> aot.Report:
-    (launch,) = (v for v in aot.launches(arch, torch.bfloat16, d, [mode]) if v.kernel.__name__ == f"{kernel}_kernel")
+    launch = next(v for v in aot.launches(arch, torch.bfloat16, d, [mode]) if v.kernel.__name__ == f"{kernel}_kernel")
     return aot.report(aot.compiled(launch, arch), arch)
 
 
@@ -35,6 +35,16 @@ def test_no_spills_in_loops_and_matrix_units_are_used(kernel, mode, arch, d):
     assert seen.loop_spills == 0, seen
     assert seen.matrix > 0, seen
     assert seen.shared <= aot.SHARED_MEMORY[arch], seen
+
+
+AROUND = [("scaled_rows", "rows"), ("scaled_rows_backward", "rows"), ("weight_ranges", "ids, any tau")]
+AROUND += [(kernel, "circle") for kernel in ("total", "largest", "scaled_weights", "id_ranges")]
+
+
+@pytest.mark.parametrize(("kernel", "mode"), AROUND)
+@pytest.mark.parametrize(("arch", "d"), [(80, 128), (90, 1024), (100, 128)])
+def test_kernels_around_the_pairs_do_not_spill(kernel, mode, arch, d):
+    assert report(kernel, mode, arch, d).spills == 0
 
 
 def test_loops_are_found():

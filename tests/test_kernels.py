@@ -6,9 +6,11 @@ import pytest
 import torch
 from conftest import INTERPRETED, TILED, assert_rule, tiles
 
+from pairloss.operands import LOWEST
 from pairloss.ops import pair_sum, row_stats
 
-KERNELS = [engine for engine in TILED if engine.name == "triton"]
+NOT_HERE = pytest.mark.skip(reason="Triton's kernels run here with TRITON_INTERPRET=1")
+KERNELS = [engine for engine in TILED if engine.name == "triton"] or [pytest.param(("triton", "nowhere"), marks=NOT_HERE)]
 WIDE = 300  # columns: more than the kernels keep a gradient of in registers
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -111,3 +113,54 @@ def test_visited_tiles(order, over):
                     if (part.max() < row.min() or part.min() > row.max() if over == 0 else same[j].all())
                 }
                 assert not visited & ruled_out
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("bounded", [True, False])
+@pytest.mark.parametrize("engine", KERNELS, ids=lambda engine: "-".join(engine))
+def test_totals_of_groups(engine, bounded):
+    """Sums s e^m of 3 groups, some empty, far apart, or so large that float32 can't hold their logarithm to a quarter."""
+    from pairloss.kernels import launch
+
+    sums = launch._Sums(3, 2, 700, bounded, torch.device(engine.device))
+    generator = torch.Generator().manual_seed(0)
+    sums.s.copy_(torch.rand(3, 2, 700, generator=generator) + 0.5)
+    if not bounded:
+        sums.m.copy_(100 * torch.randn(3, 2, 700, generator=generator))
+        sums.m[:, 0, :50] += 3e7
+    for groups, sets, rows in ((slice(None), 1, slice(None, None, 3)), (1, slice(None), slice(None, None, 5))):
+        sums.s[groups, sets, rows] = 0
+        if not bounded:
+            sums.m[groups, sets, rows] = LOWEST
+    truth = torch.logsumexp(sums.s.double().log() + (0 if bounded else sums.m.double()), 0)
+    (s, m), logs = sums.total()
+    torch.testing.assert_close(logs.double(), truth, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(s.double().log() + m, truth, rtol=1e-8, atol=1e-6)
+    assert torch.equal((s == 0) & (m == 0), truth == -torch.inf)
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n", [1, 70, 3000])
+@pytest.mark.parametrize("engine", KERNELS, ids=lambda engine: "-".join(engine))
+def test_scale_of_weights(engine, n, dtype):
+    """A power of two that takes the largest finite weight to about 2^13, and comes off again exactly; of both sides together."""
+    from pairloss.kernels import launch
+
+    from pairloss.engines import Call
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.zeros(n, 4, dtype=dtype, device=engine.device)
+    sums, grads = torch.rand(2, 2, n, generator=generator) + 0.5, torch.randn(2, n, generator=generator)
+    sums[0, 0, 1::2] = 0
+    expected = torch.where(sums[0] == 0, 0, grads / sums[0])
+    for factor in (1e-25, 1.0, 1e25):
+        sides = [(sums.to(engine.device), (grads * size).to(engine.device)) for size in (factor, 8 * factor)]
+        sides[0][1][1, n // 2] = torch.inf
+        weights, unscale = launch._scaled_weights(Call(x, x, None, None, None, None, None, None, dtype), sides)
+        assert torch.log2(unscale).frac() == 0
+        assert 2**12 <= max(g[g.isfinite()].abs().max().item() for g, _ in weights) <= 2**14
+        for (g, m), size in zip(weights, (factor, 8 * factor), strict=True):
+            finite = g.isfinite().cpu()
+            torch.testing.assert_close((g * unscale).cpu()[finite], (expected * size)[finite], rtol=1e-6, atol=0)
+            assert torch.equal(m.cpu(), sums[1])
