@@ -93,7 +93,7 @@ def launches(arch: int, dtype: torch.dtype, d: int, modes: Iterable[str]) -> Ite
             else:
                 host.row_stats_fwd(call)
                 rows, cols = torch.zeros(2, call.num_sets, n), torch.zeros(2, call.num_sets, n if call.both_sides else 0)
-                host.row_stats_bwd(call, rows, cols, needs)
+                host.row_stats_bwd(call, rows, rows[0], cols, cols[0], needs)
         for kernel, arguments, options, tile in record:
             yield Launch(mode, kernel, arguments, options, tile)
 
