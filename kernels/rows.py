@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .. import unit
+from ._math import INTERPRETED
 
 ZERO_NORM = tl.constexpr(unit.ZERO_NORM)
 
@@ -44,6 +45,15 @@ def load(p, rows, m_rows, o_d, D):
     return tl.load(p + rows[:, None] * D + o_d[None, :], m_rows[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float32)
 
 
+@triton.jit
+def rounded(v, p):
+    """v as numbers that p points to, to nearest. The interpreter (seen in 3.9) truncates bfloat16."""
+    if INTERPRETED and p.dtype.element_ty == tl.bfloat16:
+        bits = v.to(tl.int32, bitcast=True)
+        v = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return v.to(p.dtype.element_ty)
+
+
 @triton.jit(do_not_specialize=["N"])
 def scaled_rows_kernel(
     p_x, p_norm, p_order,
@@ -60,7 +70,7 @@ def scaled_rows_kernel(
     for d in tl.range(0, D, BLOCK_D):
         o_d = d + tl.arange(0, BLOCK_D)
         x = load(p_x, given, m_rows, o_d, D)
-        rows = (x * factor[:, None]).to(p_rows.dtype.element_ty)
+        rows = rounded(x * factor[:, None], p_rows)
         tl.store(p_rows + o[:, None] * D + o_d[None, :], rows, m_rows[:, None] & (o_d < D)[None, :])
 
 
@@ -86,5 +96,5 @@ def scaled_rows_backward_kernel(
         o_d = d + tl.arange(0, BLOCK_D)
         u = load(p_x, given, m_rows, o_d, D) * inverse[:, None]
         dx = (load(p_grad, o, m_rows, o_d, D) - u * along[:, None]) * factor[:, None]
-        tl.store(p_dx + given[:, None] * D + o_d[None, :], dx.to(p_dx.dtype.element_ty), m_rows[:, None] & (o_d < D)[None, :])
+        tl.store(p_dx + given[:, None] * D + o_d[None, :], rounded(dx, p_dx), m_rows[:, None] & (o_d < D)[None, :])
     tl.store(p_along + o, along, m_rows)
