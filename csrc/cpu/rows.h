@@ -44,7 +44,8 @@ Length<T> read(const Given* given, int64_t d, const T* norm, T* to) {
   Length<T> result{T(0), T(1), T(length)};
   if (norm) {
     // 1 / inf would silently give the zero vector. NaN where a library's norm overflows, as in the other engines.
-    const double inverse = !(T(square) < std::numeric_limits<T>::infinity()) ? std::numeric_limits<double>::quiet_NaN() : T(length) > ZERO_NORM ? 1 / length : 0;
+    const bool finite = T(square) < std::numeric_limits<T>::infinity();
+    const double inverse = !finite ? std::numeric_limits<double>::quiet_NaN() : T(length) > ZERO_NORM ? 1 / length : 0;
     result = {T(inverse), T(inverse * *norm), *norm};
   }
   for (int64_t k = 0; k < d; ++k) to[k] = Numbers<T>::get(given, k) * result.scale;

@@ -87,7 +87,8 @@ const Target& target() {
 // measured best (bench/notes.md).
 constexpr double CACHE_SHARE = 0.46;
 constexpr int64_t CACHE_BYTES = 512 << 10;  // where the system doesn't say
-constexpr int64_t SMALLEST_TILE = 48, LARGEST_TILE = 512;  // smaller ones read and write more sums than they compute
+constexpr int64_t LARGEST_TILE = 512;
+constexpr int64_t SMALLEST_TILE = 48;  // below, what is read and written around a tile takes longer than the tile
 
 int64_t cache_bytes() {
 #ifdef _SC_LEVEL2_CACHE_SIZE
