@@ -228,6 +228,8 @@ def _launch_over_rows(kernel: Any, rows: Tensor, norm: Tensor, order: Tensor | N
     n, d = rows.shape
     if n == 0:
         return
+    if norm.device != rows.device:  # a temperature may be on the CPU: by value, which waits for nothing
+        norm = torch.full((), norm.item(), dtype=norm.dtype, device=rows.device)
     tile = tiles.of_rows(d)
     arguments |= {"p_x": rows.contiguous(), "p_norm": norm, "p_order": order, "HAS_ORDER": order is not None}
     arguments |= {"N": n, "D": d, "BLOCK_N": tile.block_m, "BLOCK_D": tile.block_d}

@@ -106,10 +106,7 @@ def without_silent(losses: Tensor, weights: Tensor) -> Tensor:
 
 def rounded(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows with the values they have in dtype, gradients unrounded."""
-    if dtype == rows.dtype:
-        return rows
-    as_rounded = rows.to(dtype).to(rows.dtype)
-    return rows + (as_rounded - rows).detach() if torch.is_grad_enabled() and rows.requires_grad else as_rounded
+    return rows if dtype == rows.dtype else rows + (rows.to(dtype).to(rows.dtype) - rows).detach()
 
 
 def snnl(features: Tensor, labels: Tensor, tau: float) -> Tensor:

@@ -76,17 +76,18 @@ def products_backward(x: Tensor, y: Tensor, index: Tensor, product_dtype: torch.
 
 def own_products_fwd(call: Call) -> Tensor:
     """As engines.py says."""
-    x, y = _as_multiplied(call)
+    x, y = as_multiplied(call)
     return (x * y).sum(1)
 
 
 def own_products_bwd(call: Call, weights: Tensor, needs: list[bool]) -> list[Tensor | None]:
-    x, y = _as_multiplied(call)
+    x, y = as_multiplied(call)
     return [weights[:, None] * other if need else None for other, need in zip((y, x), needs, strict=False)] + [None]
 
 
-def _as_multiplied(call: Call) -> tuple[Tensor, Tensor]:
-    x, y = (rounded(rows, call.product_dtype).to(call.dtype) for rows in (call.x, call.candidates))
+def as_multiplied(call: Call) -> tuple[Tensor, Tensor]:
+    """Both sides, with the values that the products see. Nothing is recorded here."""
+    x, y = (rows.to(call.product_dtype).to(call.dtype) for rows in (call.x, call.candidates))
     return x, y
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import order
 from .engines import Call
-from .reference import rounded
+from .selection import as_multiplied
 
 
 def forward(call: Call, engine: ModuleType) -> Tensor:
@@ -45,8 +45,7 @@ def _labelled(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
     """Both sides, with rows as the products round them, and whether each row leaves out itself."""
     assert call.ids_x is not None
     assert call.candidate_ids is not None
-    x, y = (rounded(rows, call.product_dtype).to(call.dtype) for rows in (call.x, call.candidates))
-    return x, y, call.ids_x, call.candidate_ids, call.self_offset is not None
+    return *as_multiplied(call), call.ids_x, call.candidate_ids, call.self_offset is not None
 
 
 def _of_class(rows: Tensor, row_ids: Tensor, ids: Tensor, itself: bool) -> Tensor:

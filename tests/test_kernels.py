@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import INTERPRETED, TILED, assert_rule, tiles
 
+import pairloss
 from pairloss.operands import LOWEST
 from pairloss.ops import pair_sum, row_stats
 
@@ -164,3 +165,16 @@ def test_scale_of_weights(engine, n, dtype):
             finite = g.isfinite().cpu()
             torch.testing.assert_close((g * unscale).cpu()[finite], (expected * size)[finite], rtol=1e-6, atol=0)
             assert torch.equal(m.cpu(), sums[1])
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("engine", TILED, ids=lambda engine: "-".join(engine))
+def test_a_temperature_on_the_cpu_serves_rows_on_any_device(engine):
+    features, labels = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).to(engine.device), torch.arange(9) % 3
+    gradients = []
+    for device in ("cpu", engine.device):
+        tau = torch.tensor(0.5, device=device, requires_grad=True)
+        pairloss.snnl(features, labels.to(engine.device), tau, backend=engine.name).backward()
+        assert tau.grad is not None
+        gradients.append(tau.grad.cpu())
+    assert torch.equal(*gradients)

@@ -5,6 +5,7 @@ import torch
 from conftest import ON_CPU, TILED, assert_rule, skip_if_unable
 
 from pairloss.ops import own_products
+from pairloss.reference import rounded
 
 N, D = 37, 19
 NAMES = ("products", "gradient of x", "gradient of y", "gradient of norm")
@@ -70,3 +71,14 @@ def test_rows_that_do_not_stand_beside_each_other_are_refused():
     for norm, got in ((torch.ones(1), r"torch.float32 \[1\]"), (2.0, "float")):
         with pytest.raises(ValueError, match=rf"norm: expected a tensor of torch.float32 and shape \[\], got {got}"):
             own_products(torch.ones(3, 2), torch.ones(3, 2), norm=norm)
+
+
+def test_gradients_of_rounded_rows_are_not_rounded():
+    x, t = torch.randn(6, 8), torch.randn(6, 8)
+
+    def function(rows: torch.Tensor) -> torch.Tensor:
+        return rounded(rows, torch.bfloat16)
+
+    assert torch.equal(function(x), x.bfloat16().float())
+    assert torch.equal(torch.func.jvp(function, (x,), (t,))[1], t)
+    assert torch.equal(torch.func.grad(lambda rows: (torch.func.vmap(function)(rows[None])[0] * t).sum())(x), t)
