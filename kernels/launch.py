@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import operands
 from ..engines import Call, Statistics
-from ..operands import GROUPS, LOWEST, NO_SHIFT, SETS, visits
+from ..operands import GROUPS, NO_SHIFT, SETS, Sums, visits
 from . import tiles
 from .backward import grads_kernel, weights_kernel
 from .pair_sum import pair_sum_fwd_kernel
@@ -44,23 +44,6 @@ class _Form(NamedTuple):
     over: int = 1  # the set that a pair sum is over
 
 
-class _Sums:
-    """Sums of e^z per group, set and row, held as s e^m; m is 0 where the logits are bounded."""
-
-    def __init__(self, groups: int, sets: int, n: int, bounded: bool, device: torch.device) -> None:
-        self.bounded = bounded
-        self.s = torch.zeros(groups, sets, n, dtype=torch.float32, device=device)
-        self.m = self.s if bounded else torch.full_like(self.s, LOWEST)
-
-    def total(self) -> tuple[Tensor, Tensor]:
-        """Over all groups, [2, K, n], and its logarithm."""
-        groups, sets, n = self.s.shape
-        sums, logs = self.s.new_empty(2, sets, n), self.s.new_empty(sets, n)
-        arguments = {"p_s": self.s, "p_m": self.m, "p_sums": sums, "p_logs": logs, "groups": groups, "BOUNDED": self.bounded}
-        _launch_over_entries(total_kernel, logs.numel(), arguments)
-        return sums, logs
-
-
 def row_stats_fwd(call: Call) -> Statistics:
     n, m, sets = call.x.shape[0], call.candidates.shape[0], call.num_sets
     if n == 0 or m == 0:
@@ -74,8 +57,9 @@ def row_stats_fwd(call: Call) -> Statistics:
     groups_x, groups_y = triton.cdiv(n, span_x * tile.block_m), triton.cdiv(m, span_y * tile.block_m)
     bounded = call.logit_bound <= NO_SHIFT
 
-    rows = _Sums(groups_y, sets, n, bounded, x.rows.device)
-    cols = rows if call.symmetric else _Sums(groups_x, sets, m if call.both_sides else 0, bounded, x.rows.device)
+    float32 = torch.empty(0, dtype=torch.float32, device=x.rows.device)
+    rows = Sums(float32, groups_y, sets, n, bounded)
+    cols = rows if call.symmetric else Sums(float32, groups_x, sets, m if call.both_sides else 0, bounded)
     arguments = _arguments(call, x, y, tile, call.self_offset) | _score_arguments(call)
     arguments |= {
         "p_rows_m": rows.m,
@@ -90,9 +74,18 @@ def row_stats_fwd(call: Call) -> Statistics:
         "WHOLE_D": tile.block_d is None,
     }
     _launch(row_stats_fwd_kernel, (groups_y, groups_x), tile, arguments)
-    row_sums, row_logs = rows.total()
-    col_sums, col_logs = cols.total() if call.both_sides else (row_sums.new_empty(2, sets, 0), row_logs.new_empty(sets, 0))
+    row_sums, row_logs = _total(rows)
+    col_sums, col_logs = _total(cols) if call.both_sides else (row_sums.new_empty(2, sets, 0), row_logs.new_empty(sets, 0))
     return row_logs, col_logs, row_sums, col_sums
+
+
+def _total(sums: Sums) -> tuple[Tensor, Tensor]:
+    """Over all groups, [2, K, n], and its logarithm."""
+    groups, sets, n = sums.s.shape
+    total, logs = sums.s.new_empty(2, sets, n), sums.s.new_empty(sets, n)
+    arguments = {"p_s": sums.s, "p_m": sums.m, "p_sums": total, "p_logs": logs, "groups": groups, "BOUNDED": sums.bounded}
+    _launch_over_entries(total_kernel, logs.numel(), arguments)
+    return total, logs
 
 
 def pair_sum_fwd(call: Call, over: str, term: str) -> Tensor:

@@ -12,6 +12,8 @@ import triton.language as tl
 
 from ._math import LOWEST
 
+LOG_HELD = tl.constexpr(2.0**22)  # up to which float32 holds a logarithm to a quarter
+LEAST, MOST = tl.constexpr(2.0**-100), tl.constexpr(3e38)
 LARGEST_ID = tl.constexpr(2**31 - 1)
 EXPONENT, BIAS = tl.constexpr(23), tl.constexpr(127)  # of a float32: where it stands, and what stands there for 1
 
@@ -40,7 +42,7 @@ def total_kernel(p_s, p_m, p_sums, p_logs, size, groups, BOUNDED: tl.constexpr, 
         s += more
 
     empty = s == 0
-    m = tl.where(tl.abs(top) < 4194304.0, top + tl.log(tl.where(empty, 1.0, s)), top)
+    m = tl.where(tl.abs(top) < LOG_HELD, top + tl.log(tl.where(empty, 1.0, s)), top)
     s = tl.where(empty, 0.0, s * tl.exp(top - m))
     m = tl.where(empty, 0.0, m)
     tl.store(p_sums + o, s, m_entries)
@@ -80,7 +82,7 @@ def scaled_weights_kernel(
     largest = tl.max(top, 0)
     if CIRCLE:
         largest *= tl.load(p_steepest)
-    e = tl.floor(13 - tl.log2(tl.minimum(tl.maximum(largest, 7.888609052210118e-31), 3e38)))  # 2^-100
+    e = tl.floor(13 - tl.log2(tl.minimum(tl.maximum(largest, LEAST), MOST)))
 
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_entries = o < size
