@@ -37,8 +37,7 @@ def test_statistics_and_gradients(host, option, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("term", ["softplus", "linear"])
-@pytest.mark.parametrize(("option", "over"), test_pair_sum.CASES)
+@pytest.mark.parametrize(("option", "over", "term"), test_pair_sum.TERM_CASES)
 def test_sums_and_gradients(host, option, over, term, dtype):
     test_pair_sum.test_sums_and_gradients(ENGINE, option, over, term, dtype, None)
 
