@@ -1,6 +1,6 @@
 """Compiles the engine "cuda" for GPUs that need not be there, and shows the registers and spills of its kernels.
 
-python bench/cuda_aot.py [--arch 75 80 90 100] [--dtype double float Float16 Bfloat16]
+python bench/cuda_aot.py [--arch 75 80 90 100] [--kernels double float Float16 Bfloat16 around]
 """
 
 import argparse
@@ -9,8 +9,9 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-SOURCE = Path(__file__).parents[1] / "csrc" / "cuda" / "kernels.cu"
-DTYPES = ("double", "float", "Float16", "Bfloat16")
+SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
+AROUND = "around"
+KERNELS = ("double", "float", "Float16", "Bfloat16", AROUND)
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,11 @@ class Report:
         return self.kernel.startswith("gradients") and self.kernel.endswith("with rows")
 
 
-def reports(arch: int, dtype: str, *options: str) -> list[Report]:
-    """Of all kernels for products in dtype. Warnings are errors."""
+def reports(arch: int, kernels: str, *options: str) -> list[Report]:
+    """Of all kernels for products of a type, or of those around the pairs. Warnings are errors."""
     command = ["nvcc", "-std=c++20", "-O3", f"-arch=sm_{arch}", "-Werror", "all-warnings", "-Xptxas", "-v", *options]
-    command += [f"-DPAIRLOSS_TYPE={dtype}", "-cubin", "-o", "/dev/null", str(SOURCE)]
+    command += ["-cubin", "-o", "/dev/null"]
+    command += [str(SOURCES / "around.cu")] if kernels == AROUND else [f"-DPAIRLOSS_TYPE={kernels}", str(SOURCES / "kernels.cu")]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(done.stdout + done.stderr)
@@ -49,20 +51,23 @@ def _readable(mangled: str) -> str:
     if "row_stats" in mangled:
         return "row_stats " + ("circle" if "Lb1E" in mangled else "linear")
     form = re.search(r"4FormE(\d)E", mangled)
-    assert form is not None, mangled
+    if form is None:
+        around = re.search(r"\d([a-z][a-z_]*)_kernel", mangled)
+        assert around is not None, mangled
+        return around[1]
     return f"gradients {('linear', 'circle', 'terms')[int(form[1])]} {'with' if 'Lb1E' in mangled else 'without'} rows"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[75, 80, 90, 100])
-    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS)
     options = parser.parse_args()
-    print(f"{'kernel':32} sm  {'dtype':8}  regs  spilled bytes")
+    print(f"{'kernel':32} sm  {'kernels':8}  regs  spilled bytes")
     for arch in options.arch:
-        for dtype in options.dtype:
-            for report in reports(arch, dtype):
-                print(f"{report.kernel:32} {arch:3} {dtype:8} {report.registers:5} {report.spill_bytes:14}", flush=True)
+        for kernels in options.kernels:
+            for report in reports(arch, kernels):
+                print(f"{report.kernel:32} {arch:3} {kernels:8} {report.registers:5} {report.spill_bytes:14}", flush=True)
 
 
 if __name__ == "__main__":

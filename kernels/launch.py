@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import operands
 from ..engines import Call, Statistics
-from ..operands import GROUPS, NO_SHIFT, SETS, Sums, visits
+from ..operands import ENTRIES, GROUPS, NO_SHIFT, SETS, Sums, norm_beside, visits
 from . import tiles
 from .backward import grads_kernel, weights_kernel
 from .pair_sum import pair_sum_fwd_kernel
@@ -24,8 +24,6 @@ PROGRAMS = GROUPS * (GROUPS + 1) // 2
 SLAB_BYTES = 64 << 20
 # Columns are padded to a multiple of this, so that every load is a whole 32 bytes.
 ALIGN = 16
-# Of a vector, for each program of four warps.
-ENTRIES = 1024
 
 
 class _Side(NamedTuple):
@@ -118,22 +116,16 @@ def pair_sum_bwd(call: Call, over: str, term: str, weights: Tensor, needs: list[
 
 
 def _scaled_weights(call: Call, sides: list[tuple[Tensor | None, Tensor]]) -> tuple[list[Tensor], Tensor]:
-    """Of each side's sums and their gradients the weights, scaled, and what takes the scale off again."""
-    device, steepest = call.x.device, operands.steepest(call)
-    parts = [triton.cdiv(grads.numel(), ENTRIES) for _, grads in sides]
-    largest = torch.empty(sum(parts), dtype=torch.float32, device=device)
-    unscale = torch.empty((), dtype=torch.float32, device=device)
-    calls: list[dict[str, Any]] = []
-    for (sums, grads), part in zip(sides, largest.split(parts), strict=True):
-        given = {"p_sums": None if sums is None else sums.contiguous(), "p_grads": grads.contiguous(), "HAS_SUMS": sums is not None}
-        _launch_over_entries(largest_kernel, grads.numel(), given | {"p_largest": part})
-        weights = torch.empty_like(grads if sums is None else sums, memory_format=torch.contiguous_format)
-        calls.append(given | {"p_weights": weights, "N": grads.shape[-1]})
-    scale = {"p_largest": largest, "parts": sum(parts), "p_unscale": unscale, "CIRCLE": call.score == "circle"}
-    scale["p_steepest"] = steepest if isinstance(steepest, Tensor) else None
-    for given in calls:
-        _launch_over_entries(scaled_weights_kernel, given["p_grads"].numel(), given | scale)
-    return [given["p_weights"] for given in calls], unscale
+    def largest(sums: Tensor | None, grads: Tensor, to: Tensor) -> None:
+        arguments = {"p_sums": sums, "p_grads": grads, "HAS_SUMS": sums is not None, "p_largest": to}
+        _launch_over_entries(largest_kernel, grads.numel(), arguments)
+
+    def scaled(sums: Tensor | None, grads: Tensor, largest: Tensor, steepest: Tensor | None, to: Tensor, unscale: Tensor) -> None:
+        arguments = {"p_sums": sums, "p_grads": grads, "HAS_SUMS": sums is not None, "p_largest": largest, "parts": len(largest)}
+        arguments |= {"p_steepest": steepest, "CIRCLE": steepest is not None, "p_weights": to, "p_unscale": unscale, "N": grads.shape[-1]}
+        _launch_over_entries(scaled_weights_kernel, grads.numel(), arguments)
+
+    return operands.scaled_weights(call, sides, largest, scaled)
 
 
 def _grads(call: Call, form: _Form, sides: list[tuple[Tensor | None, Tensor]], needs: list[bool]) -> list[Tensor | None]:
@@ -221,16 +213,14 @@ def _launch_over_rows(kernel: Any, rows: Tensor, norm: Tensor, order: Tensor | N
     n, d = rows.shape
     if n == 0:
         return
-    if norm.device != rows.device:  # a temperature may be on the CPU: by value, which waits for nothing
-        norm = torch.full((), norm.item(), dtype=norm.dtype, device=rows.device)
     tile = tiles.of_rows(d)
-    arguments |= {"p_x": rows.contiguous(), "p_norm": norm, "p_order": order, "HAS_ORDER": order is not None}
+    arguments |= {"p_x": rows.contiguous(), "p_norm": norm_beside(rows, norm), "p_order": order, "HAS_ORDER": order is not None}
     arguments |= {"N": n, "D": d, "BLOCK_N": tile.block_m, "BLOCK_D": tile.block_d}
     _launch(kernel, (triton.cdiv(n, tile.block_m),), tile, arguments)
 
 
 def _sides(call: Call) -> tuple[_Side, _Side]:
-    ids_x, ids_y = operands.ranks(call.ids_x, call.ids_y)
+    ids_x, ids_y = operands.ranks(call)
     x = _Side(_operand(call.x, call), ids_x, _bias(call.row_bias, call.col_bias, call.x))
     if call.symmetric:
         return x, x

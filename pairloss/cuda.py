@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import engines, operands, order, selection
-from .engines import Call, Statistics, SumsAndGrads, weights_of, with_logs
-from .operands import GROUPS, NO_SHIFT, SETS
+from . import engines, operands, selection
+from .engines import Call, Statistics, SumsAndGrads
+from .operands import GROUPS, NO_SHIFT, SETS, Sums
 
 _cuda: Any
 _missing: str | None = None
@@ -58,43 +58,74 @@ def arranges(call: Call) -> bool:
 
 
 label_order_pays = engines.label_order_pays
-scaled_rows_fwd, scaled_rows_bwd = order.scaled_rows_fwd, order.scaled_rows_bwd
 own_products_fwd, own_products_bwd = selection.own_products_fwd, selection.own_products_bwd
+
+
+def scaled_rows_fwd(rows: Tensor, norm: Tensor, order: Tensor | None, product_dtype: torch.dtype) -> Tensor:
+    rows, norm = rows.contiguous(), operands.norm_beside(rows, norm)
+    result = torch.empty(rows.shape, dtype=product_dtype, device=rows.device)
+    _cuda.scaled_rows(_stream(rows), _name(rows), _name(result), *map(_address, (rows, norm, order)), *rows.shape, _address(result))
+    return result
+
+
+def scaled_rows_bwd(rows: Tensor, norm: Tensor, order: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor]:
+    rows, norm, grad = rows.contiguous(), operands.norm_beside(rows, norm), grad.contiguous()
+    drows, along = torch.empty_like(rows), grad.new_empty(len(rows))
+    given = *map(_address, (rows, norm, order)), *rows.shape
+    _cuda.scaled_rows_backward(_stream(rows), _name(rows), *given, *map(_address, (grad, drows, along)))
+    return drows, along.sum()
 
 
 def row_stats_fwd(call: Call) -> Statistics:
     n, m, sets, tile = call.x.shape[0], call.candidates.shape[0], call.num_sets, _Tile.of(call)
     if n == 0 or m == 0:
-        return with_logs(call.x.new_zeros(2, sets, n), call.x.new_zeros(2, sets, m if call.both_sides else 0))
+        sums = [call.x.new_zeros(2, sets, size, dtype=call.dtype) for size in (n, m if call.both_sides else 0)]
+        return sums[0][0].log(), sums[1][0].log(), sums[0], sums[1]
     bounded = call.logit_bound <= NO_SHIFT
     # Groups of whole row tiles on both sides: x against itself has one diagonal.
     span_x, span_y = (_tiles(_tiles(rows, GROUPS), tile.rows) for rows in (n, m))
     groups_x, groups_y = _tiles(n, span_x * tile.rows), _tiles(m, span_y * tile.rows)
-    rows = operands.Sums(call.x, groups_y, sets, n, bounded)
-    cols = rows if call.symmetric else operands.Sums(call.x, groups_x, sets, m if call.both_sides else 0, bounded)
+    like = call.x.new_empty(0, dtype=call.dtype)
+    rows = Sums(like, groups_y, sets, n, bounded)
+    cols = rows if call.symmetric else Sums(like, groups_x, sets, m if call.both_sides else 0, bounded)
     of_cols = (cols.m, cols.s) if call.symmetric or call.both_sides else (None, None)
     x, y = _sides(call, tile)
     spans = (span_x, span_y * (tile.rows // tile.cols))
     _launch(_cuda.row_stats, call, tile, x, y, call.self_offset, *map(_address, (rows.m, rows.s, *of_cols)), *spans, bounded)
-    result = rows.total()
-    return with_logs(result, result.new_empty(2, sets, 0) if call.symmetric else cols.total())
+    row_sums, row_logs = _total(rows)
+    col_sums, col_logs = _total(cols) if call.both_sides else (row_sums.new_empty(2, sets, 0), row_logs.new_empty(sets, 0))
+    return row_logs, col_logs, row_sums, col_sums
 
 
 def row_stats_bwd(
     call: Call, row_sums: Tensor, row_grads: Tensor, col_sums: Tensor, col_grads: Tensor, needs: list[bool]
 ) -> list[Tensor | None]:
-    row_weights, col_weights = weights_of(row_sums, row_grads), weights_of(col_sums, col_grads)
-    scale = operands.scale(operands.steepest(call), row_weights[0], col_weights[0])
-    row_weights, col_weights = (torch.stack([g * scale, m]) for g, m in (row_weights, col_weights))
-    return _grads(call, _Form("exp", 1), row_weights, col_weights if call.both_sides else None, scale, needs, False)[1]
+    sides: list[tuple[Tensor | None, Tensor]] = [(row_sums, row_grads), (col_sums, col_grads)]
+    return _grads(call, _Form("exp", 1), sides if call.both_sides else sides[:1], needs, False)[1]
 
 
 def pair_sum_fwd_bwd(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> SumsAndGrads:
-    form = _Form(term, SETS.index(over))
-    if weights is None:
-        weights, needs = call.x.new_zeros(call.x.shape[0]), [False] * 5
-    scale = operands.scale(1.0, weights)
-    return _grads(call, form, weights * scale, None, scale, needs, with_sums)
+    sides: list[tuple[Tensor | None, Tensor]] = [] if weights is None else [(None, weights)]
+    return _grads(call, _Form(term, SETS.index(over)), sides, needs if sides else [False] * 5, with_sums)
+
+
+def _total(sums: Sums) -> tuple[Tensor, Tensor]:
+    """Over all groups, [2, K, n], and its logarithm."""
+    groups, sets, n = sums.s.shape
+    total, logs = sums.s.new_empty(2, sets, n), sums.s.new_empty(sets, n)
+    _cuda.total(_stream(logs), _name(logs), *map(_address, (sums.s, sums.m, total, logs)), logs.numel(), groups, sums.bounded)
+    return total, logs
+
+
+def _scaled_weights(call: Call, sides: list[tuple[Tensor | None, Tensor]]) -> tuple[list[Tensor], Tensor]:
+    def largest(sums: Tensor | None, grads: Tensor, to: Tensor) -> None:
+        _cuda.largest(_stream(grads), _name(grads), *map(_address, (sums, grads, to)), grads.numel())
+
+    def scaled(sums: Tensor | None, grads: Tensor, largest: Tensor, steepest: Tensor | None, to: Tensor, unscale: Tensor) -> None:
+        given = *map(_address, (sums, grads, largest)), len(largest), _address(steepest)
+        _cuda.scaled_weights(_stream(grads), _name(grads), *given, *map(_address, (to, unscale)), grads.numel())
+
+    return operands.scaled_weights(call, sides, largest, scaled)
 
 
 class _Form(NamedTuple):
@@ -112,7 +143,7 @@ class _Tile(NamedTuple):
 
     @staticmethod
     def of(call: Call) -> "_Tile":
-        return _Tile(*_cuda.tile(_name(call)))
+        return _Tile(*_cuda.tile(str(call.product_dtype).removeprefix("torch.")))
 
 
 class _Side(NamedTuple):
@@ -125,42 +156,58 @@ class _Side(NamedTuple):
 
 
 def _grads(
-    call: Call, form: _Form, row_weights: Tensor, col_weights: Tensor | None, scale: Tensor, needs: list[bool], with_sums: bool
-) -> SumsAndGrads:
+    call: Call, form: _Form, sides: list[tuple[Tensor | None, Tensor]], needs: list[bool], with_sums: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    weights, unscale = _scaled_weights(call, sides)
+    row_weights, col_weights = [*weights, None, None][:2]
     tile = _Tile.of(call)
     x, y = _sides(call, tile)
-    x = x._replace(weights=row_weights.contiguous())
-    y = x if call.symmetric else y._replace(weights=None if col_weights is None else col_weights.contiguous())
+    x = x._replace(weights=row_weights)
+    y = x if call.symmetric else y._replace(weights=col_weights)
     to_x, to_y, _, to_row_bias, to_col_bias = needs
-    dx, drow_bias, sums = _side_grads(call, form, tile, x, y, call.self_offset, to_x, to_row_bias, with_sums)
+    dx, drow_bias, sums = _side_grads(call, form, tile, x, y, call.self_offset, unscale, to_x, to_row_bias, with_sums)
     to_y, to_col_bias = (not call.symmetric and need for need in (to_y, to_col_bias))
     offset = None if call.self_offset is None else -call.self_offset
-    dy, dcol_bias, _ = _side_grads(call, form, tile, y, x, offset, to_y, to_col_bias, False)
-    return sums, [None if grad is None else grad / scale for grad in (dx, dy, None, drow_bias, dcol_bias)]
+    dy, dcol_bias, _ = _side_grads(call, form, tile, y, x, offset, unscale, to_y, to_col_bias, False)
+    return sums, [dx, dy, None, drow_bias, dcol_bias]
 
 
 def _side_grads(
-    call: Call, form: _Form, tile: _Tile, x: _Side, y: _Side, self_offset: int | None, need_rows: bool, need_bias: bool, need_sums: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x's rows and bias, W y and A 1, scaled; and the sums over x's pairs."""
-    (n, d), m = x.rows.shape, y.rows.shape[0]
+    call: Call, form: _Form, tile: _Tile, x: _Side, y: _Side, self_offset: int | None, unscale: Tensor,
+    need_rows: bool, need_bias: bool, need_sums: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients of x's rows and bias, W y and A 1; and the sums over x's pairs."""
+    (n, d), m, width = x.rows.shape, y.rows.shape[0], call.x.shape[1]
     if not (need_rows or need_bias or need_sums):
         return None, None, None
     blocks = max(1, _tiles(n, tile.rows) * _tiles(d, tile.gradient))
     parts = max(1, min(BLOCKS // blocks, MOST_PARTS, _tiles(m, tile.cols)))
-    new = call.x.new_empty if n and m else call.x.new_zeros
+
+    def new(wanted: bool, *shape: int) -> Tensor | None:
+        return (torch.empty if n and m else torch.zeros)(shape, dtype=call.dtype, device=call.x.device) if wanted else None
+
     # Exponentials have no kernel that forms the bias's gradient alone.
-    dx = new(parts, n, d) if need_rows or form.term == "exp" else None
-    dbias = new(parts, n) if need_bias else None
-    sums = new(parts, n) if need_sums else None
-    if n and m:
-        visits = None
-        if form.term != "exp" and x.ids is not None and y.ids is not None and x.ids.ndim == 1:
-            visits = operands.visits(form.over, _id_ranges(x, tile.rows), _id_ranges(y, tile.cols))
-        outputs = map(_address, (dx, dbias, sums))
-        _launch(_cuda.gradients, call, tile, x, y, self_offset, form.term, form.over, _address(visits), parts, *outputs)
-    dx, dbias, sums = (None if v is None else v.sum(0) for v in (dx, dbias, sums))
-    return dx[:, : call.x.shape[1]].contiguous() if need_rows and dx is not None else None, dbias, sums
+    dx, dbias, sums = new(need_rows or form.term == "exp", parts, n, d), new(need_bias, parts, n), new(need_sums, parts, n)
+    if n == 0 or m == 0:
+        return (new(need_rows, n, width), new(need_bias, n), new(need_sums, n))
+    visits = None
+    if form.term != "exp" and x.ids is not None and y.ids is not None and x.ids.ndim == 1:
+        visits = operands.visits(form.over, _id_ranges(x, tile.rows), _id_ranges(y, tile.cols))
+    outputs = map(_address, (dx, dbias, sums))
+    _launch(_cuda.gradients, call, tile, x, y, self_offset, form.term, form.over, _address(visits), parts, *outputs)
+    return (
+        _sum_of_parts(dx, unscale, width) if need_rows and dx is not None else None,
+        None if dbias is None else _sum_of_parts(dbias[..., None], unscale, 1)[:, 0],
+        None if sums is None else _sum_of_parts(sums[..., None], None, 1)[:, 0],
+    )
+
+
+def _sum_of_parts(parts: Tensor, factor: Tensor | None, width: int) -> Tensor:
+    """The first columns of [parts, n, d], added up, times the factor."""
+    count, n, d = parts.shape
+    to = parts.new_empty(n, width)
+    _cuda.sum_of_parts(_stream(to), _name(to), *map(_address, (parts, factor, to)), n, d, width, count)
+    return to
 
 
 def _sides(call: Call, tile: _Tile) -> tuple[_Side, _Side]:
@@ -173,7 +220,7 @@ def _sides(call: Call, tile: _Tile) -> tuple[_Side, _Side]:
 
 def _ids(call: Call) -> tuple[Tensor | None, Tensor | None]:
     if call.ids_x is None or call.ids_x.ndim == 1:
-        return operands.ranks(call.ids_x, call.ids_y)
+        return operands.ranks(call)
     return call.ids_x.contiguous().view(torch.int32), None if call.ids_y is None else call.ids_y.contiguous().view(torch.int32)
 
 
@@ -183,10 +230,9 @@ def _contiguous(vector: Tensor | None) -> Tensor | None:
 
 def _launch(function: Any, call: Call, tile: _Tile, x: _Side, y: _Side, self_offset: int | None, *arguments: Any) -> None:
     """function(dtype, call, *arguments): a launch. Memory that is freed when this returns is used again only behind it on the stream."""
-    cutoff = None if call.cutoff is None else call.cutoff.to(call.x)
+    cutoff = None if call.cutoff is None else call.cutoff.to(call.x.device, call.dtype)
     kept: list[Tensor | None] = []
     sides = (_native_side(x, tile.rows, kept), _native_side(y, tile.cols, kept))
-    on_gpu = call.x.device.type == "cuda"
     native = _cuda.Call(
         x=sides[0],
         y=sides[1],
@@ -199,16 +245,15 @@ def _launch(function: Any, call: Call, tile: _Tile, x: _Side, y: _Side, self_off
         margin=call.m,
         gamma=call.gamma,
         cutoff=_address(cutoff),
-        device=call.x.device.index or 0,
-        stream=torch.cuda.current_stream(call.x.device).cuda_stream if on_gpu else 0,
+        stream=_stream(call.x),
     )
-    function(_name(call), native, *arguments)
+    function(_name(x.rows), native, *arguments)
 
 
 def _native_side(side: _Side, tile: int, kept: list[Tensor | None]) -> Any:
     id_ranges = None if side.ids is None or side.ids.ndim > 1 else _id_ranges(side, tile)
     exponentials = side.weights is not None and side.weights.ndim > 1
-    weight_ranges = operands.weight_ranges(side.weights, tile) if exponentials and side.weights is not None else None
+    weight_ranges = _ranges(side.weights[1], side.weights[0], tile) if exponentials and side.weights is not None else None
     tensors = (side.rows, side.ids, id_ranges, side.bias, side.weights, weight_ranges)
     kept += tensors
     rows, ids, ranges, bias, weights, m_ranges = map(_address, tensors)
@@ -217,11 +262,25 @@ def _native_side(side: _Side, tile: int, kept: list[Tensor | None]) -> Any:
 
 def _id_ranges(side: _Side, tile: int) -> Tensor:
     assert side.ids is not None
-    return operands.tile_ranges(side.ids, side.ids, tile)
+    return _ranges(side.ids[None], None, tile)[:, 0]
 
 
-def _name(call: Call) -> str:
-    return str(call.product_dtype).removeprefix("torch.")
+def _ranges(vectors: Tensor, skipped_at_0: Tensor | None, tile: int) -> Tensor:
+    """[2, K, T]: the least and the greatest of every tile of each of K vectors, but for entries where the other tensor is 0."""
+    count, n = vectors.shape
+    ranges = vectors.new_empty(2, count, _tiles(n, tile))
+    _cuda.ranges(_stream(vectors), _name(vectors), *map(_address, (vectors, skipped_at_0, ranges)), n, tile, count)
+    return ranges
+
+
+def _stream(tensor: Tensor) -> Any:
+    if tensor.device.type != "cuda":
+        return _cuda.Stream(0, 0)
+    return _cuda.Stream(tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream)
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _tiles(n: int, size: int) -> int:

@@ -85,6 +85,7 @@ class Call(NamedTuple):
     # Which row of x, and of y, the anchors and candidates are, whose biases and ids come in this order; None: the rows as they come.
     order_x: Tensor | None = None
     order_y: Tensor | None = None
+    ids_ascend: bool = False  # on both sides
 
     @property
     def symmetric(self) -> bool:

@@ -28,7 +28,7 @@ def positives(rows: "Rows", ids: Tensor, ref_ids: Tensor | None, backend: str | 
         nothing = rows.x.new_zeros(n, 1), None if rows.y is None else rows.y.new_zeros(rows.y.shape[0], 1)
         return over_positives(rows.x, rows.y, None), over_positives(*nothing, rows.x.new_ones(n)) + rows.poison
     candidates, candidate_ids = (rows.x, ids) if rows.y is None or ref_ids is None else (rows.y, ref_ids)
-    members, others = count(ids, candidate_ids), class_sums(candidates, candidate_ids, ids)
+    members, others = _count_and_sums(candidates, candidate_ids, ids)
     if itself:
         members, others = members - 1, others - rows.x
     return rows.products(others, backend).masked_fill(members == 0, 0), members + rows.poison
@@ -37,10 +37,13 @@ def positives(rows: "Rows", ids: Tensor, ref_ids: Tensor | None, backend: str | 
 def count(ids: Tensor, candidate_ids: Tensor) -> Tensor:
     """[N]: how many candidates have the anchor's id, itself included."""
     spread = ranks.current()
-    return order.count(ids, candidate_ids) if spread is None else over_ranks.count(spread, ids, candidate_ids)
+    return order.Classes(ids, candidate_ids).count if spread is None else over_ranks.count(spread, ids, candidate_ids)
 
 
-def class_sums(rows: Tensor, row_ids: Tensor, ids: Tensor) -> Tensor:
-    """[N, D]: the sum of the rows whose id is ids_i; where there is none, any numbers."""
+def _count_and_sums(rows: Tensor, row_ids: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """[N] and [N, D]: how many rows have the id ids_i, and their sum."""
     spread = ranks.current()
-    return order.class_sums(rows, row_ids, ids) if spread is None else over_ranks.class_sums(spread, rows, row_ids, ids)
+    if spread is not None:
+        return over_ranks.count(spread, ids, row_ids), over_ranks.class_sums(spread, rows, row_ids, ids)
+    classes = order.Classes(ids, row_ids)
+    return classes.count, classes.sums(rows)

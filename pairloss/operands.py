@@ -1,13 +1,12 @@
-"""What the engines with kernels of their own prepare and reduce around them, "cuda" more of it than "triton" (kernels/vectors.py). O(N D)
-PyTorch, no host synchronisation."""
+"""What the engines with kernels of their own, "triton" and "cuda", prepare around them alike. O(N D) PyTorch, no host synchronisation."""
 
-import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .engines import Call, normalised
+from .engines import Call
 
 # Partial sums per row: O(N) memory, and 48 * 49 / 2 programs keep 108, 132 or 148 multiprocessors busy in whole waves.
 GROUPS = 48
@@ -16,6 +15,8 @@ NO_SHIFT = 32.0
 # Stands for the maximum of an empty set: finite, so that no inf - inf arises.
 LOWEST = -1e38
 SETS = ("positives", "negatives")
+# Of a vector, for a program of 128 threads.
+ENTRIES = 1024
 
 
 class Sums:
@@ -26,13 +27,6 @@ class Sums:
         self.s = like.new_zeros(groups, sets, n)
         self.m = torch.zeros_like(self.s) if bounded else torch.full_like(self.s, LOWEST)
 
-    def total(self) -> Tensor:
-        """[2, K, n]: s and m over all groups."""
-        if self.bounded:
-            return normalised(self.s.sum(0), torch.zeros_like(self.s[0]))
-        top = self.m.amax(0)
-        return normalised(self.m.sub_(top).exp_().mul_(self.s).sum(0), top)
-
 
 def padded(rows: Tensor, multiple: int) -> Tensor:
     """Contiguous, with columns of zeros up to a multiple of so many."""
@@ -40,26 +34,43 @@ def padded(rows: Tensor, multiple: int) -> Tensor:
     return (pad(rows, (0, missing)) if missing else rows).contiguous()
 
 
-def ranks(ids_x: Tensor | None, ids_y: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def ranks(call: Call) -> tuple[Tensor | None, Tensor | None]:
     """The ids as int32 that are equal where they are: compared in half the registers of int64."""
+    ids_x, ids_y = call.ids_x, call.ids_y
     if ids_x is None:
         return None, None
-    ids = (ids_x if ids_y is None else torch.cat([ids_x, ids_y])).sort().values
+    ids = ids_x if ids_y is None else torch.cat([ids_x, ids_y])
+    if ids_y is not None or not call.ids_ascend:
+        ids = ids.sort().values
     return torch.searchsorted(ids, ids_x, out_int32=True), None if ids_y is None else torch.searchsorted(ids, ids_y, out_int32=True)
 
 
-def scale(steepest: Tensor | float, *weights: Tensor) -> Tensor:
-    """A power of two that takes the largest weight times the score's steepest slope to about 2^13: no pair's overflows float16,
-    and those down to 2^-27 of the largest keep all its digits."""
-    g = torch.cat([v.flatten() for v in weights])
-    top = _largest(torch.where(g.isfinite(), g, 0)) * steepest
-    return torch.exp2(torch.floor(13 - torch.log2(top.clamp(min=2.0**-100))))
+def norm_beside(rows: Tensor, norm: Tensor) -> Tensor:
+    """A temperature may be on the CPU: by value, which waits for nothing."""
+    return norm if norm.device == rows.device else torch.full((), norm.item(), dtype=norm.dtype, device=rows.device)
 
 
-def steepest(call: Call) -> Tensor | float:
-    """A bound on the score's slope, from |s_ij| <= |x| |y|."""
+def scaled_weights(
+    call: Call, sides: list[tuple[Tensor | None, Tensor]], largest: Callable[..., None], scaled: Callable[..., None]
+) -> tuple[list[Tensor], Tensor]:
+    """Of each side's sums and their gradients (without sums: of weights) the weights, scaled, and what takes the scale off again. By two
+    kernels: largest(sums, grads, to) of each ENTRIES, and scaled(sums, grads, largest, steepest, to, unscale)."""
+    slope = steepest(call)
+    given = [(None if sums is None else sums.contiguous(), grads.contiguous()) for sums, grads in sides]
+    parts = [-(-grads.numel() // ENTRIES) for _, grads in given]
+    tops, unscale = call.x.new_empty(sum(parts), dtype=call.dtype), call.x.new_empty((), dtype=call.dtype)
+    for side, top in zip(given, tops.split(parts), strict=True):
+        largest(*side, top)
+    weights = [torch.empty_like(grads if sums is None else sums) for sums, grads in given]
+    for side, to in zip(given, weights, strict=True):
+        scaled(*side, tops, slope, to, unscale)
+    return weights, unscale
+
+
+def steepest(call: Call) -> Tensor | None:
+    """A bound on the score's slope, from |s_ij| <= |x| |y|; None: 1."""
     if call.score == "linear":
-        return 1.0
+        return None
     longest_x, longest_y = (_largest(torch.linalg.vector_norm(rows, dim=1, dtype=call.dtype)) for rows in (call.x, call.candidates))
     return abs(call.gamma) * ((longest_x * longest_y).nan_to_num() + 1 + abs(call.m))
 
@@ -84,18 +95,3 @@ def visits(over: int, range_x: Tensor, range_y: Tensor) -> Tensor:
     last = torch.searchsorted(greatest_to, low_x, right=True, out_int32=True)
     length = torch.where(low_x == high_x, (last - first).clamp(min=0), 0)
     return torch.stack([first, length, t_y - length])
-
-
-def weight_ranges(weights: Tensor, block: int) -> Tensor:
-    """[2, K, T]: least and greatest m of the weights g e^-m that are not 0; inf, -inf where all are."""
-    g, m = weights
-    return tile_ranges(torch.where(g == 0, math.inf, m), torch.where(g == 0, -math.inf, m), block)
-
-
-def tile_ranges(low: Tensor, high: Tensor, block: int) -> Tensor:
-    """[2, ..., T]: least and greatest of every tile of the last dimension."""
-    limits = (-math.inf, math.inf) if low.is_floating_point() else (torch.iinfo(low.dtype).min, torch.iinfo(low.dtype).max)
-    missing = (0, -low.shape[-1] % block)
-    lows = pad(low, missing, value=limits[1]).unflatten(-1, (-1, block)).amin(-1)
-    highs = pad(high, missing, value=limits[0]).unflatten(-1, (-1, block)).amax(-1)
-    return torch.stack([lows, highs])

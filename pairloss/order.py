@@ -19,12 +19,16 @@ class Arrangement:
 
     def __init__(self, call: Call, engine: Any) -> None:
         self.given, self.engine, self.by_engine = call, engine, engine.arranges(call)
-        self.order_x, self.order_y = _label_order(call, engine)
+        self.order_x: Tensor | None = None
+        self.order_y: Tensor | None = None
         self.poison: Tensor | None = None  # [N]: NaN for an anchor that has no direction
         changes: dict[str, Any] = {}
-        if self.order_x is not None:
-            changes = {name: _take(getattr(call, name), self.order_x, 0) for name in ("ids_x", "row_bias")}
-            changes |= {name: _take(getattr(call, name), self.order_y, 0) for name in ("ids_y", "col_bias")}
+        if _has_label_order(call) and engine.label_order_pays(call):
+            assert call.ids_x is not None
+            ids_x, self.order_x = call.ids_x.sort(stable=True)
+            ids_y, self.order_y = (None, self.order_x) if call.ids_y is None else call.ids_y.sort(stable=True)
+            changes = {"ids_x": ids_x, "ids_y": ids_y, "ids_ascend": True}
+            changes |= {"row_bias": _take(call.row_bias, self.order_x, 0), "col_bias": _take(call.col_bias, self.order_y, 0)}
         if self.by_engine:
             changes |= {} if self.order_x is None else {"order_x": self.order_x, "order_y": self.order_y}
         elif call.norm is not None or self.order_x is not None:
@@ -86,16 +90,11 @@ def scaled_rows_bwd(rows: Tensor, norm: Tensor, order: Tensor | None, grad: Tens
     return grad.to(rows.dtype), of_norm
 
 
-def _label_order(call: Call, engine: Any) -> tuple[Tensor | None, Tensor | None]:
-    ids, candidate_ids = call.ids_x, call.candidate_ids
-    if ids is None or candidate_ids is None or ids.ndim != 1 or not engine.label_order_pays(call):
-        return None, None
-    if call.symmetric:
-        order = torch.argsort(ids, stable=True)
-        return order, order
-    if call.self_offset is None:
-        return torch.argsort(ids, stable=True), torch.argsort(candidate_ids, stable=True)
-    return None, None  # the pair left out would no longer stand on one diagonal
+def _has_label_order(call: Call) -> bool:
+    if call.ids_x is None or call.ids_x.ndim != 1:
+        return False
+    # Of two sets, the pair left out would no longer stand on one diagonal.
+    return call.symmetric or (call.ids_y is not None and call.self_offset is None)
 
 
 def _take(tensor: Tensor | None, order: Tensor | None, dim: int) -> Any:
@@ -108,15 +107,21 @@ def _put(tensor: Tensor | None, order: Tensor | None, dim: int = -1) -> Any:
     return torch.empty_like(tensor).index_copy_(dim, order, tensor)
 
 
-def count(ids: Tensor, candidate_ids: Tensor) -> Tensor:
-    """[N]: how many candidates have the anchor's id, itself included."""
-    ordered = candidate_ids.sort().values
-    return torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
+class Classes:
+    """Of every anchor the rows that have its id: how many they are, itself included, and their sum."""
 
+    def __init__(self, ids: Tensor, row_ids: Tensor) -> None:
+        ordered = row_ids.sort().values
+        # A class is numbered by where it begins in label order.
+        self._of_rows = torch.searchsorted(ordered, row_ids)
+        self._of_anchors = self._of_rows if ids is row_ids else torch.searchsorted(ordered, ids)
+        self._all_occur = ids is row_ids
+        self.count = torch.searchsorted(ordered, ids, right=True) - self._of_anchors  # [N]
 
-def class_sums(rows: Tensor, row_ids: Tensor, ids: Tensor) -> Tensor:
-    """[N, D]: the sum of the rows whose id is ids_i; where there is none, the sum of some other class."""
-    ordered = row_ids.sort().values
-    first = torch.searchsorted(ordered, row_ids)  # a class is numbered by where it begins in label order
-    sums = add_rows_(torch.zeros_like(rows), first, rows)
-    return sums[torch.searchsorted(ordered, ids).clamp(max=rows.shape[0] - 1)]
+    def sums(self, rows: Tensor) -> Tensor:
+        """[N, D]: the sum of the rows whose id is ids_i."""
+        sums = add_rows_(torch.zeros_like(rows), self._of_rows, rows)
+        if self._all_occur:
+            return sums.index_select(0, self._of_anchors)
+        sums = sums.index_select(0, self._of_anchors.clamp(max=rows.shape[0] - 1))
+        return torch.where(self.count[:, None] > 0, sums, 0)

@@ -305,14 +305,14 @@ def count(ranks: Ranks, ids: Tensor, candidate_ids: Tensor) -> Tensor:
     result = torch.zeros_like(ids)
 
     def compute(block: Rows, _: Place) -> None:
-        result.add_(order.count(ids, block[0]))
+        result.add_(order.Classes(ids, block[0]).count)
 
     ranks.visit([candidate_ids], ranks.sizes(len(candidate_ids)), compute)
     return result
 
 
 def class_sums(ranks: Ranks, rows: Tensor, row_ids: Tensor, ids: Tensor) -> Tensor:
-    """groups.class_sums over the rows of all ranks."""
+    """Of every anchor the sum of the rows with its id, of all ranks, [N, D]."""
     return _ClassSums.apply(ranks, rows, row_ids, ids)
 
 
@@ -336,8 +336,7 @@ def _sums_of_classes(ranks: Ranks, rows: Tensor, row_ids: Tensor, ids: Tensor) -
     def compute(block: Rows, place: Place) -> None:
         values, value_ids = block
         if len(values):
-            some = order.count(ids, value_ids) > 0
-            result.add_(torch.where(some[:, None], order.class_sums(values, value_ids, ids), 0))
+            result.add_(order.Classes(ids, value_ids).sums(values))
 
     ranks.visit([rows, row_ids], ranks.sizes(len(rows)), compute)
     return result

@@ -87,8 +87,8 @@ def own_products_bwd(call: Call, weights: Tensor, needs: list[bool]) -> list[Ten
 
 def as_multiplied(call: Call) -> tuple[Tensor, Tensor]:
     """Both sides, with the values that the products see. Nothing is recorded here."""
-    x, y = (rows.to(call.product_dtype).to(call.dtype) for rows in (call.x, call.candidates))
-    return x, y
+    x = call.x.to(call.product_dtype).to(call.dtype)
+    return x, x if call.y is None else call.y.to(call.product_dtype).to(call.dtype)
 
 
 def add_rows_(total: Tensor, index: Tensor, rows: Tensor) -> Tensor:

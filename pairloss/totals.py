@@ -17,9 +17,10 @@ def forward(call: Call, engine: ModuleType) -> Tensor:
     """[2, N]."""
     x, y, ids, candidate_ids, itself = _labelled(call)
     if ids.ndim == 1:
-        sums = (x * _of_class(y, candidate_ids, ids, itself)).sum(1)
-        return torch.stack([sums, order.count(ids, candidate_ids).to(sums.dtype) - int(itself)])
-    ones = call.x.new_ones(len(x))
+        classes = order.Classes(ids, candidate_ids)
+        sums = (x * _sums(classes, y, itself)).sum(1)
+        return torch.stack([sums, classes.count - int(itself)])
+    ones = x.new_ones(len(x))
     without_products = call._replace(x=call.x.new_zeros(len(x), 1), y=None if call.y is None else call.x.new_zeros(len(y), 1))
     calls = _without_biases(call), without_products._replace(row_bias=ones, col_bias=None)
     return torch.stack([engine.pair_sum_fwd_bwd(each, "positives", "linear", True, None, [False] * 5)[0] for each in calls])
@@ -29,9 +30,9 @@ def add_gradients(call: Call, engine: ModuleType, weights: Tensor, grads: list[T
     """To those of x and y, where there are any: of the sums times the weights [N]."""
     x, y, ids, candidate_ids, itself = _labelled(call)
     if ids.ndim == 1:
-        weights = weights[:, None]
-        dx = weights * _of_class(y, candidate_ids, ids, itself)
-        dy = _of_class(weights * x, ids, candidate_ids, itself)
+        weights, classes = weights[:, None], order.Classes(ids, candidate_ids)
+        dx = weights * _sums(classes, y, itself)
+        dy = _sums(classes if call.symmetric else order.Classes(candidate_ids, ids), weights * x, itself)
         more = [dx + dy, None] if call.symmetric else [dx, dy]
     else:
         needs = [grad is not None for grad in grads[:2]] + [False] * 3
@@ -48,9 +49,9 @@ def _labelled(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
     return *as_multiplied(call), call.ids_x, call.candidate_ids, call.self_offset is not None
 
 
-def _of_class(rows: Tensor, row_ids: Tensor, ids: Tensor, itself: bool) -> Tensor:
-    """[N, D]: the sum of the rows whose id is ids_i, where wanted but for row i itself."""
-    sums = torch.where(order.count(ids, row_ids)[:, None] > 0, order.class_sums(rows, row_ids, ids), 0)
+def _sums(classes: order.Classes, rows: Tensor, itself: bool) -> Tensor:
+    """[N, D]: of the rows of each class, where wanted but for row i itself."""
+    sums = classes.sums(rows)
     return sums - rows if itself else sums
 
 

@@ -82,7 +82,7 @@ def watched_cases(device: str) -> None:
         x, y = (torch.randn(n, 20, generator=generator).to(device, dtype).requires_grad_() for n in (37, 21))
         bias = torch.randn(37, generator=generator).to(device, dtype).requires_grad_()
         options = {"product_dtype": product_dtype, "backend": "cuda"}
-        rows, _ = row_stats(x, ids_x=ids, self_offset=0, row_bias=bias, **options)
+        rows, _ = row_stats(x, ids_x=ids, self_offset=0, row_bias=bias, norm=torch.full_like(bias[0], 2.0), **options)
         circle, _ = row_stats(x, ids_x=ids, self_offset=0, score="circle", m=0.25, gamma=0.1, **options)
         both = row_stats(x, y, ids, ids[:21], 3, both_sides=True, **options)
         sums = pair_sum(x, y, ids, ids[:21], over="positives", **options)

@@ -313,8 +313,8 @@ BUILDS = {
 BYTES = {8: torch.float64, 4: torch.float32, 2: torch.bfloat16}
 
 
-def build_every_form(tmp_path: Path) -> None:
-    """tests/every_form.cpp in every build, side by side; no OpenMP, whose library thread sanitizers don't know."""
+def build_every_form(tmp_path: Path, builds: dict[str, tuple[str, ...]], compiler: str = "g++") -> None:
+    """tests/every_form.cpp in these builds, side by side; no OpenMP, whose library thread sanitizers don't know."""
     sources = ["tests/every_form.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("engine", "targets", "kernels"))]
     flags = [
         "-std=c++20",
@@ -325,16 +325,15 @@ def build_every_form(tmp_path: Path) -> None:
         "-pthread",
         "-Wno-psabi",
     ]
-    compilers = [
-        subprocess.Popen(["g++", *flags, *of_build, *sources, "-o", str(tmp_path / build)], cwd=ROOT) for build, of_build in BUILDS.items()
-    ]
-    assert {compiler.wait() for compiler in compilers} == {0}
+    command = [compiler, *flags, *sources]
+    running = [subprocess.Popen([*command, *of_build, "-o", str(tmp_path / build)], cwd=ROOT) for build, of_build in builds.items()]
+    assert {build.wait() for build in running} == {0}
 
 
-def every_form(tmp_path: Path, build: str, threads: int) -> list[tuple[torch.dtype, float, torch.Tensor]]:
+def every_form(tmp_path: Path, build: str, threads: int, *emulator: str) -> list[tuple[torch.dtype, float, torch.Tensor]]:
     """What a build computes, each array with what its errors are measured by."""
     out = tmp_path / f"{build}.bin"
-    done = subprocess.run([str(tmp_path / build), str(out), str(threads)], capture_output=True, text=True)
+    done = subprocess.run([*emulator, str(tmp_path / build), str(out), str(threads)], capture_output=True, text=True)
     if "unexpected memory mapping" in done.stderr:
         pytest.skip("this thread sanitizer does not know this kernel's address space")
     assert done.returncode == 0, done.stderr[:3000]
@@ -352,7 +351,7 @@ def test_sanitizers_and_wide_vectors(tmp_path):
     reason = missing_sanitizers()
     if reason is not None:
         pytest.skip(reason)
-    build_every_form(tmp_path)
+    build_every_form(tmp_path, BUILDS)
     results = {build: every_form(tmp_path, build, threads) for build, threads in zip(BUILDS, (2, 4, 3, 3, 1), strict=True)}
     assert len(results["address"]) > 1000
     for (dtype, scale, a), (_, _, b), (_, _, wide), (_, _, tiled), (_, _, floats) in zip(*results.values(), strict=True):
@@ -369,3 +368,21 @@ def test_sanitizers_and_wide_vectors(tmp_path):
             if dtype == torch.bfloat16 and v.any()
         ]
         assert sum(not torch.equal(*both) for both in gradients) > len(gradients) / 2  # weights were rounded: the instruction was used
+
+
+ARM_COMPILER, ARM = "aarch64-linux-gnu-g++", "qemu-aarch64"
+
+
+def test_arm_computes_the_same(tmp_path):
+    """NEON, optimised as it is shipped, in an emulator."""
+    for program in (ARM_COMPILER, ARM):
+        if shutil.which(program) is None:
+            pytest.skip(f"no {program}")
+    build_every_form(tmp_path, {"floats": ()})
+    build_every_form(tmp_path, {"arm": ("-static", "-O3", "-ffp-contract=fast")}, ARM_COMPILER)
+    here, arm = every_form(tmp_path, "floats", 1), every_form(tmp_path, "arm", 2, ARM)
+    assert len(here) > 1000
+    for (dtype, scale, ours), (_, _, theirs) in zip(here, arm, strict=True):
+        assert torch.isfinite(theirs).all()
+        if len(ours):
+            assert (ours - theirs).abs().max() <= testing.FLOORS[dtype] * scale

@@ -25,3 +25,10 @@ def test_no_warnings_and_no_spills(dtype):
         assert report.spill_bytes == 0, report
         blocks = 2 if report.owns_gradient or dtype == "double" else 3
         assert report.registers * 128 * blocks <= 65536, f"fewer blocks on a multiprocessor than the launch bounds say: {report}"
+
+
+def test_kernels_around_the_pairs():
+    seen = cuda_aot.reports(90, cuda_aot.AROUND)
+    assert len({report.kernel for report in seen}) == 7
+    for report in seen:
+        assert report.spill_bytes == 0, report

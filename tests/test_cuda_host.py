@@ -13,6 +13,8 @@ import test_row_stats
 import torch
 from conftest import DTYPES, INTERPRETED, Engine
 
+from pairloss import cuda, order
+from pairloss.engines import statistics_dtype
 from pairloss.ops import row_stats
 
 pytestmark = [
@@ -70,6 +72,46 @@ def test_softplus_keeps_its_digits(host, over):
     test_kernels.test_softplus_keeps_its_digits(ENGINE, over)
 
 
+@pytest.mark.parametrize("bounded", [True, False])
+def test_totals_of_groups(host, bounded):
+    test_kernels.test_totals_of_groups(ENGINE, bounded)
+
+
+@pytest.mark.parametrize("n", [1, 70, 3000])
+def test_scale_of_weights(host, n):
+    test_kernels.test_scale_of_weights(ENGINE, n, torch.float32)
+
+
+@pytest.mark.parametrize(("form", "operations"), [("snnl", 10), ("snnl in label order", 14), ("clip", 18)])
+def test_operations_around_the_kernels(host, form, operations):
+    assert test_kernels.count_operations(ENGINE, form) <= operations
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("product_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows(host, dtype, product_dtype, ordered):
+    """What order.py computes in PyTorch, of any rows for any products; rows that count as zero, and one that is too long."""
+    if dtype == torch.float64:
+        product_dtype = dtype
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(37, 70, generator=generator).to(dtype)
+    rows[3], rows[4] = 0, 1e-13
+    norm, places = torch.tensor(2.5, dtype=statistics_dtype(rows)), torch.randperm(37, generator=generator) if ordered else None
+    grad = torch.randn(37, 70, generator=generator).to(norm.dtype) + (rows if places is None else rows[places])  # also along the rows
+    ours = cuda.scaled_rows_fwd(rows, norm, places, product_dtype), *cuda.scaled_rows_bwd(rows, norm, places, grad)
+    forward = order.scaled_rows_fwd(rows.double(), norm.double(), places, torch.float64)
+    truth = forward, *order.scaled_rows_bwd(rows.double(), norm.double(), places, grad.double())
+    for one, other, to in zip(ours, truth, (product_dtype, dtype, norm.dtype), strict=True):
+        assert one.dtype == to
+        torch.testing.assert_close(one.double(), other, rtol=torch.finfo(to).eps, atol=4 * torch.finfo(norm.dtype).eps)
+    rows[5, 0] = torch.inf
+    given = torch.arange(37) if places is None else places
+    assert torch.equal(cuda.scaled_rows_fwd(rows, norm, places, product_dtype).isnan().all(1), given == 5)
+    for bad in (-1.0, torch.inf):
+        assert cuda.scaled_rows_fwd(rows, torch.full_like(norm, bad), places, product_dtype)[given < 3].isnan().all()
+
+
 @pytest.mark.parametrize("tau", [0.001, 1.0])
 @pytest.mark.parametrize("metric", ["cosine", "dot", "sqeuclidean"])
 @pytest.mark.parametrize("kind", ["number", "tensor"])
@@ -101,7 +143,7 @@ def test_nan_stays(host):
 def test_operands_that_do_not_fit_are_refused_by_name(host):
     side = host.Side(n=4, rows=8, ids=0, id_ranges=0, bias=0, weights=0, weight_ranges=0)
     options = {"symmetric": True, "sets": 1, "words": 0, "self_offset": None, "circle": False, "margin": 0.0, "gamma": 1.0}
-    options |= {"cutoff": 0, "device": 0, "stream": 0}
+    options |= {"cutoff": 0, "stream": host.Stream(0, 0)}
     with pytest.raises(ValueError, match="row_stats: d must be a multiple of the chunk"):
         host.row_stats("float32", host.Call(x=side, y=side, d=5, **options), 16, 16, 0, 0, 1, 1, False)
     with pytest.raises(ValueError, match="row_stats: rows must lie on 16 bytes"):

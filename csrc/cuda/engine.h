@@ -5,6 +5,12 @@
 
 namespace pairloss::cuda {
 
+// Where launches go.
+struct Stream {
+  int device;
+  void* handle;
+};
+
 // One side of the comparison. Null where the call has none. Sum is float, or double for products in double.
 struct Side {
   const void* rows;           // [n, d] in the product dtype, on 16 bytes; d a multiple of a chunk
@@ -27,8 +33,7 @@ struct Call {
   bool circle;
   double margin, gamma;
   const void* cutoff;  // Sum, or null
-  int device;
-  void* stream;
+  Stream stream;
 };
 
 enum class Terms { EXPONENTIAL, SOFTPLUS, LINEAR };
@@ -64,5 +69,42 @@ struct Kernels {
   static void row_stats(const Call&, const Partials&);
   static void gradients(const Call&, const Gradients&);
 };
+
+// Around the pairs: rows of one norm, row order[i] of the given ones at place i.
+struct GivenRows {
+  const void* rows;      // X [n, d]
+  const void* norm;      // Sum, one number
+  const int64_t* order;  // [n], or null
+  int64_t n, d;
+};
+
+// To T [n, d], the product dtype. Double rows to double ones; any others.
+template <class X, class T>
+void scaled_rows(const Stream&, const GivenRows&, void* to);
+
+// From their gradients, Sum [n, d], those of the given rows, X [n, d], and each row's part of the norm's, Sum [n].
+template <class X>
+void scaled_rows_backward(const Stream&, const GivenRows&, const void* grads, void* drows, void* along);
+
+constexpr int ENTRIES = 1024;  // of a vector, whose largest is one of `largest`'s results
+
+// Vectors of A, float or double, of `size` entries: [sets, n], of which sums have two, s and m.
+template <class A>
+struct Vectors {
+  // Over the groups of Partials, and its logarithm: a sum s e^m as pairloss.engines.normalised has it.
+  static void total(const Stream&, const void* s, const void* m, void* sums, void* logs, int64_t size, int groups, bool bounded);
+  // The greatest finite |grad / s| of each ENTRIES; null sums: 1.
+  static void largest(const Stream&, const void* sums, const void* grads, void* to, int64_t size);
+  // grad / s, 0 for an empty set, times a power of two that takes the greatest of `largest` times the score's steepest slope to about
+  // 2^13: no pair's weight overflows float16, and those down to 2^-27 of the largest keep all their digits. Behind it m. And its inverse.
+  static void scaled_weights(const Stream&, const void* sums, const void* grads, const void* largest, int64_t parts,
+      const void* steepest, void* weights, void* unscale, int64_t size);
+  // [n, width], the first columns of [parts, n, stride], added up, times a number unless that is null.
+  static void sum_of_parts(const Stream&, const void* from, const void* factor, void* to, int64_t n, int64_t stride, int64_t width, int parts);
+};
+
+// [2, vectors, tiles]: least and greatest of each `size` entries of [vectors, n], but for those where the second is 0, unless it is null.
+template <class V>
+void ranges(const Stream&, const void* values, const void* skipped_at_0, void* to, int64_t n, int64_t size, int vectors);
 
 }  // namespace pairloss::cuda

@@ -56,8 +56,8 @@ struct OwnedRows : Block<T> {
       if (this->set == 1 - k) continue;
       const A* of_set = ranges + entry_of(k, p.sets) * tiles + tile;
       const A least = of_set[0], greatest = of_set[p.sets * tiles];
-      if (least < *low || least != least) *low = least;  // a NaN sticks
-      if (greatest > *high || greatest != greatest) *high = greatest;
+      if (least < *low) *low = least;
+      *high = larger(*high, greatest);
     }
   }
 

@@ -267,7 +267,7 @@ void multiply(float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[4]
 }
 
 template <class... Args>
-void launch(const char*, const Call&, void (*kernel)(Args...), dim3 grid, int threads, int shared_bytes, const Args&... args) {
+void launch(const char*, const Stream&, void (*kernel)(Args...), dim3 grid, int threads, int shared_bytes, const Args&... args) {
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {

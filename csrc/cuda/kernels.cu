@@ -47,7 +47,7 @@ Pairs<T> pairs_of(const Call& call, const char* kernel) {
 
 template <Form FORM, bool WITH_ROWS>
 void launch_gradients(const char* name, const Call& call, dim3 grid, const Pairs<T>& p, const Gradient<T>& to) {
-  launch(name, call, gradients_kernel<T, FORM, WITH_ROWS>, grid, S::THREADS, OwnedRows<T, FORM, WITH_ROWS>::BYTES, p, to);
+  launch(name, call.stream, gradients_kernel<T, FORM, WITH_ROWS>, grid, S::THREADS, OwnedRows<T, FORM, WITH_ROWS>::BYTES, p, to);
 }
 
 }  // namespace
@@ -68,9 +68,9 @@ void Kernels<T>::row_stats(const Call& call, const Partials& partials) {
       static_cast<A*>(partials.cols_s), partials.span_x, partials.span_y, partials.bounded};
   const dim3 grid(unsigned((p.y.tiles + to.span_y - 1) / to.span_y), unsigned((p.x.tiles + to.span_x - 1) / to.span_x));
   if (call.circle) {
-    launch(NAME, call, row_stats_kernel<T, true>, grid, S::THREADS, RowStats<T, true>::BYTES, p, to);
+    launch(NAME, call.stream, row_stats_kernel<T, true>, grid, S::THREADS, RowStats<T, true>::BYTES, p, to);
   } else {
-    launch(NAME, call, row_stats_kernel<T, false>, grid, S::THREADS, RowStats<T, false>::BYTES, p, to);
+    launch(NAME, call.stream, row_stats_kernel<T, false>, grid, S::THREADS, RowStats<T, false>::BYTES, p, to);
   }
 }
 

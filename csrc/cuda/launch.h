@@ -1,4 +1,4 @@
-// One launch: on the call's device and stream, with each CUDA error as an exception that names the kernel.
+// One launch: on a device and stream, with each CUDA error as an exception that names the kernel.
 #pragma once
 
 #include "engine.h"
@@ -32,10 +32,10 @@ class DeviceGuard {
 };
 
 template <class... Args>
-void launch(const char* name, const Call& call, void (*kernel)(Args...), dim3 grid, int threads, int shared_bytes, const Args&... args) {
-  const DeviceGuard guard(call.device, name);
+void launch(const char* name, const Stream& stream, void (*kernel)(Args...), dim3 grid, int threads, int shared_bytes, const Args&... args) {
+  const DeviceGuard guard(stream.device, name);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), name, "asking for shared memory");
-  kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(call.stream)>>>(args...);
+  kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream.handle)>>>(args...);
   check(cudaGetLastError(), name, "launching");
 }
 
