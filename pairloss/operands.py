@@ -15,7 +15,7 @@ NO_SHIFT = 32.0
 # Stands for the maximum of an empty set: finite, so that no inf - inf arises.
 LOWEST = -1e38
 SETS = ("positives", "negatives")
-# Of a vector, for a program of 128 threads.
+# Of a vector, for a program of 128 threads. csrc/cuda/engine.h has it too.
 ENTRIES = 1024
 
 
@@ -71,13 +71,9 @@ def steepest(call: Call) -> Tensor | None:
     """A bound on the score's slope, from |s_ij| <= |x| |y|; None: 1."""
     if call.score == "linear":
         return None
-    longest_x, longest_y = (_largest(torch.linalg.vector_norm(rows, dim=1, dtype=call.dtype)) for rows in (call.x, call.candidates))
-    return abs(call.gamma) * ((longest_x * longest_y).nan_to_num() + 1 + abs(call.m))
-
-
-def _largest(values: Tensor) -> Tensor:
-    """The greatest magnitude, 0 of nothing."""
-    return pad(values, (0, 1)).abs().amax()
+    sides = (call.x,) if call.y is None else (call.x, call.y)
+    longest = [pad(torch.linalg.vector_norm(rows, dim=1, dtype=call.dtype), (0, 1)).amax() for rows in sides]  # 0 of no rows
+    return abs(call.gamma) * ((longest[0] * longest[-1]).nan_to_num() + (1 + abs(call.m)))
 
 
 def visits(over: int, range_x: Tensor, range_y: Tensor) -> Tensor:

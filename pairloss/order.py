@@ -21,7 +21,7 @@ class Arrangement:
         self.given, self.engine, self.by_engine = call, engine, engine.arranges(call)
         self.order_x: Tensor | None = None
         self.order_y: Tensor | None = None
-        self.poison: Tensor | None = None  # [N]: NaN for an anchor that has no direction
+        self.poison: Tensor | None = None  # [N]: NaN for an anchor that has no direction, else any number
         changes: dict[str, Any] = {}
         if _has_label_order(call) and engine.label_order_pays(call):
             assert call.ids_x is not None
@@ -34,7 +34,7 @@ class Arrangement:
         elif call.norm is not None or self.order_x is not None:
             x, y = (self._arranged(rows, order) for rows, order in ((call.x, self.order_x), (call.y, self.order_y)))
             changes |= {"x": x, "y": y, "norm": None}
-            self.poison = None if call.norm is None else x[:, 0] * 0  # what is NaN in one column is in all
+            self.poison = None if call.norm is None else x[:, 0]  # what is NaN in one column is in all
         if (call.totals or call.own) and not self.by_engine:
             changes |= {"totals": False, "own": False}
         self.call = call._replace(**changes) if changes else call

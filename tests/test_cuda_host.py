@@ -82,7 +82,7 @@ def test_scale_of_weights(host, n):
     test_kernels.test_scale_of_weights(ENGINE, n, torch.float32)
 
 
-@pytest.mark.parametrize(("form", "operations"), [("snnl", 10), ("snnl in label order", 14), ("clip", 18)])
+@pytest.mark.parametrize(("form", "operations"), [("snnl", 8), ("snnl in label order", 12), ("clip", 16)])
 def test_operations_around_the_kernels(host, form, operations):
     assert test_kernels.count_operations(ENGINE, form) <= operations
 

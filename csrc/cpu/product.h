@@ -11,7 +11,13 @@ namespace pairloss {
 namespace {
 
 // ROWS x VECTORS accumulators, VECTORS operands and a broadcast fill the registers, and the usual lengths of rows are multiples of PANEL.
-constexpr int ROWS = 6, VECTORS = REGISTERS == 32 ? 4 : 2;
+// Arm multiplies by a number in a register: GCC loads those of all rows at once, and with 6 spills accumulators.
+#if defined(__aarch64__)
+constexpr int ROWS = 5;
+#else
+constexpr int ROWS = 6;
+#endif
+constexpr int VECTORS = REGISTERS == 32 ? 4 : 2;
 constexpr int DEPTH = 128;  // short enough for rounding errors as small as a library's
 constexpr int AHEAD = 8;    // the rows of a transposed A lie too far apart for the processor to foresee
 

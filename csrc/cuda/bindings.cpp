@@ -78,7 +78,6 @@ PYBIND11_MODULE(PAIRLOSS_MODULE, module) {
   using release = py::call_guard<py::gil_scoped_release>;
 
   module.attr("device_type") = PAIRLOSS_DEVICE_TYPE;
-  module.attr("entries") = ENTRIES;
 
   py::class_<Stream>(module, "Stream", py::module_local()).def(py::init([](int device, uintptr_t handle) { return Stream{device, pointer(handle)}; }));
 

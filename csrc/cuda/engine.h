@@ -86,7 +86,7 @@ void scaled_rows(const Stream&, const GivenRows&, void* to);
 template <class X>
 void scaled_rows_backward(const Stream&, const GivenRows&, const void* grads, void* drows, void* along);
 
-constexpr int ENTRIES = 1024;  // of a vector, whose largest is one of `largest`'s results
+constexpr int ENTRIES = 1024;  // of a vector, whose largest is one of `largest`'s results; as pairloss/operands.py has it
 
 // Vectors of A, float or double, of `size` entries: [sets, n], of which sums have two, s and m.
 template <class A>
