@@ -1,6 +1,6 @@
 """Compiles the engine "cuda" for GPUs that need not be there, and shows the registers and spills of its kernels.
 
-python bench/cuda_aot.py [--arch 75 80 90 100] [--kernels double float Float16 Bfloat16 around]
+python bench/cuda_aot.py [--arch 75 80 90 100] [--parts double float Float16 Bfloat16 around]
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 AROUND = "around"
-KERNELS = ("double", "float", "Float16", "Bfloat16", AROUND)
+PARTS = ("double", "float", "Float16", "Bfloat16", AROUND)
 
 
 @dataclass(frozen=True)
@@ -25,21 +25,21 @@ class Report:
         return self.kernel.startswith("gradients") and self.kernel.endswith("with rows")
 
 
-def reports(arch: int, kernels: str, *options: str) -> list[Report]:
+def reports(arch: int, part: str, *options: str) -> list[Report]:
     """Of all kernels for products of a type, or of those around the pairs. Warnings are errors."""
     command = ["nvcc", "-std=c++20", "-O3", f"-arch=sm_{arch}", "-Werror", "all-warnings", "-Xptxas", "-v", *options]
     command += ["-cubin", "-o", "/dev/null"]
-    command += [str(SOURCES / "around.cu")] if kernels == AROUND else [f"-DPAIRLOSS_TYPE={kernels}", str(SOURCES / "kernels.cu")]
+    command += [str(SOURCES / "around.cu")] if part == AROUND else [f"-DPAIRLOSS_TYPE={part}", str(SOURCES / "kernels.cu")]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(done.stdout + done.stderr)
-    parts = re.split(r"Compiling entry function '", done.stderr)[1:]
-    return [_report(part) for part in parts]
+    entries = re.split(r"Compiling entry function '", done.stderr)[1:]
+    return [_report(entry) for entry in entries]
 
 
-def _report(part: str) -> Report:
-    name = re.match(r"\w+", part)
-    spills, registers = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part), re.search(r"Used (\d+) registers", part)
+def _report(entry: str) -> Report:
+    name = re.match(r"\w+", entry)
+    spills, registers = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", entry), re.search(r"Used (\d+) registers", entry)
     assert name is not None
     assert spills is not None
     assert registers is not None
@@ -61,13 +61,13 @@ def _readable(mangled: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[75, 80, 90, 100])
-    parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     options = parser.parse_args()
-    print(f"{'kernel':32} sm  {'kernels':8}  regs  spilled bytes")
+    print(f"{'kernel':32} sm  {'part':8}  regs  spilled bytes")
     for arch in options.arch:
-        for kernels in options.kernels:
-            for report in reports(arch, kernels):
-                print(f"{report.kernel:32} {arch:3} {kernels:8} {report.registers:5} {report.spill_bytes:14}", flush=True)
+        for part in options.parts:
+            for report in reports(arch, part):
+                print(f"{report.kernel:32} {arch:3} {part:8} {report.registers:5} {report.spill_bytes:14}", flush=True)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def _row_stats(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if call.totals and not arranged.by_engine:
             rows = torch.cat([rows, totals.forward(arranged.call, engine)])
         if arranged.poison is not None:
-            rows = torch.add(rows, arranged.poison, alpha=0)  # 0 * NaN is NaN
+            rows = rows + arranged.poison * 0
         return arranged.from_rows(rows), arranged.from_cols(cols), arranged.from_rows(row_sums), arranged.from_cols(col_sums)
 
 

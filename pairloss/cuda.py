@@ -91,7 +91,8 @@ def row_stats_fwd(call: Call) -> Statistics:
     of_cols = (cols.m, cols.s) if call.symmetric or call.both_sides else (None, None)
     x, y = _sides(call, tile)
     spans = (span_x, span_y * (tile.rows // tile.cols))
-    _launch(_cuda.row_stats, call, tile, x, y, call.self_offset, *map(_address, (rows.m, rows.s, *of_cols)), *spans, bounded)
+    x, y = x.in_tiles(tile.rows), y.in_tiles(tile.cols)
+    _launch(_cuda.row_stats, call, x, y, call.self_offset, *map(_address, (rows.m, rows.s, *of_cols)), *spans, bounded)
     row_sums, row_logs = _total(rows)
     col_sums, col_logs = _total(cols) if call.both_sides else (row_sums.new_empty(2, sets, 0), row_logs.new_empty(sets, 0))
     return row_logs, col_logs, row_sums, col_sums
@@ -153,6 +154,17 @@ class _Side(NamedTuple):
     ids: Tensor | None  # [n] int32, or [n, words]
     bias: Tensor | None  # [n]
     weights: Tensor | None = None  # g, scaled, and m [2, K, n], or of a pair sum g alone [n]; None: this side has none
+    id_ranges: Tensor | None = None  # [2, T], of tiles
+    weight_ranges: Tensor | None = None  # [2, K, T], of m
+
+    def in_tiles(self, size: int) -> "_Side":
+        ids = None if self.ids is None or self.ids.ndim > 1 else _ranges(self.ids[None], None, size)[:, 0]
+        m = None if self.weights is None or self.weights.ndim == 1 else _ranges(self.weights[1], self.weights[0], size)
+        return self._replace(id_ranges=ids, weight_ranges=m)
+
+    def native(self) -> Any:
+        names = ("rows", "ids", "id_ranges", "bias", "weights", "weight_ranges")
+        return _cuda.Side(n=len(self.rows), **{name: _address(getattr(self, name)) for name in names})
 
 
 def _grads(
@@ -180,21 +192,22 @@ def _side_grads(
     (n, d), m, width = x.rows.shape, y.rows.shape[0], call.x.shape[1]
     if not (need_rows or need_bias or need_sums):
         return None, None, None
-    blocks = max(1, _tiles(n, tile.rows) * _tiles(d, tile.gradient))
-    parts = max(1, min(BLOCKS // blocks, MOST_PARTS, _tiles(m, tile.cols)))
 
-    def new(wanted: bool, *shape: int) -> Tensor | None:
-        return (torch.empty if n and m else torch.zeros)(shape, dtype=call.dtype, device=call.x.device) if wanted else None
+    def new(make: Any, wanted: bool, *shape: int) -> Tensor | None:
+        return make(shape, dtype=call.dtype, device=call.x.device) if wanted else None
 
-    # Exponentials have no kernel that forms the bias's gradient alone.
-    dx, dbias, sums = new(need_rows or form.term == "exp", parts, n, d), new(need_bias, parts, n), new(need_sums, parts, n)
     if n == 0 or m == 0:
-        return (new(need_rows, n, width), new(need_bias, n), new(need_sums, n))
+        return new(torch.zeros, need_rows, n, width), new(torch.zeros, need_bias, n), new(torch.zeros, need_sums, n)
+    blocks = _tiles(n, tile.rows) * max(1, _tiles(d, tile.gradient))
+    parts = max(1, min(BLOCKS // blocks, MOST_PARTS, _tiles(m, tile.cols)))
+    dx = new(torch.empty, need_rows or form.term == "exp", parts, n, d)  # exponentials have no kernel for the bias's gradient alone
+    dbias, sums = new(torch.empty, need_bias, parts, n), new(torch.empty, need_sums, parts, n)
+    x, y = x.in_tiles(tile.rows), y.in_tiles(tile.cols)
     visits = None
-    if form.term != "exp" and x.ids is not None and y.ids is not None and x.ids.ndim == 1:
-        visits = operands.visits(form.over, _id_ranges(x, tile.rows), _id_ranges(y, tile.cols))
+    if form.term != "exp" and x.id_ranges is not None and y.id_ranges is not None:
+        visits = operands.visits(form.over, x.id_ranges, y.id_ranges)
     outputs = map(_address, (dx, dbias, sums))
-    _launch(_cuda.gradients, call, tile, x, y, self_offset, form.term, form.over, _address(visits), parts, *outputs)
+    _launch(_cuda.gradients, call, x, y, self_offset, form.term, form.over, _address(visits), parts, *outputs)
     return (
         _sum_of_parts(dx, unscale, width) if need_rows and dx is not None else None,
         None if dbias is None else _sum_of_parts(dbias[..., None], unscale, 1)[:, 0],
@@ -203,9 +216,12 @@ def _side_grads(
 
 
 def _sum_of_parts(parts: Tensor, factor: Tensor | None, width: int) -> Tensor:
-    """The first columns of [parts, n, d], added up, times the factor."""
+    """The first columns of [parts, n, d], added up, times the factor; in place where that is all."""
     count, n, d = parts.shape
-    to = parts.new_empty(n, width)
+    whole = count == 1 and width == d
+    if whole and factor is None:
+        return parts[0]
+    to = parts[0] if whole else parts.new_empty(n, width)
     _cuda.sum_of_parts(_stream(to), _name(to), *map(_address, (parts, factor, to)), n, d, width, count)
     return to
 
@@ -228,14 +244,12 @@ def _contiguous(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()  # one number may have been expanded to all rows
 
 
-def _launch(function: Any, call: Call, tile: _Tile, x: _Side, y: _Side, self_offset: int | None, *arguments: Any) -> None:
+def _launch(function: Any, call: Call, x: _Side, y: _Side, self_offset: int | None, *arguments: Any) -> None:
     """function(dtype, call, *arguments): a launch. Memory that is freed when this returns is used again only behind it on the stream."""
     cutoff = None if call.cutoff is None else call.cutoff.to(call.x.device, call.dtype)
-    kept: list[Tensor | None] = []
-    sides = (_native_side(x, tile.rows, kept), _native_side(y, tile.cols, kept))
     native = _cuda.Call(
-        x=sides[0],
-        y=sides[1],
+        x=x.native(),
+        y=y.native(),
         symmetric=call.symmetric,
         d=x.rows.shape[1],
         sets=call.num_sets,
@@ -248,21 +262,6 @@ def _launch(function: Any, call: Call, tile: _Tile, x: _Side, y: _Side, self_off
         stream=_stream(call.x),
     )
     function(_name(x.rows), native, *arguments)
-
-
-def _native_side(side: _Side, tile: int, kept: list[Tensor | None]) -> Any:
-    id_ranges = None if side.ids is None or side.ids.ndim > 1 else _id_ranges(side, tile)
-    exponentials = side.weights is not None and side.weights.ndim > 1
-    weight_ranges = _ranges(side.weights[1], side.weights[0], tile) if exponentials and side.weights is not None else None
-    tensors = (side.rows, side.ids, id_ranges, side.bias, side.weights, weight_ranges)
-    kept += tensors
-    rows, ids, ranges, bias, weights, m_ranges = map(_address, tensors)
-    return _cuda.Side(n=len(side.rows), rows=rows, ids=ids, id_ranges=ranges, bias=bias, weights=weights, weight_ranges=m_ranges)
-
-
-def _id_ranges(side: _Side, tile: int) -> Tensor:
-    assert side.ids is not None
-    return _ranges(side.ids[None], None, tile)[:, 0]
 
 
 def _ranges(vectors: Tensor, skipped_at_0: Tensor | None, tile: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import unit
 from .engines import Call
-from .selection import add_rows_
+from .selection import add_rows_, rows_at
 
 
 class Arrangement:
@@ -21,7 +21,7 @@ class Arrangement:
         self.given, self.engine, self.by_engine = call, engine, engine.arranges(call)
         self.order_x: Tensor | None = None
         self.order_y: Tensor | None = None
-        self.poison: Tensor | None = None  # [N]: NaN for an anchor that has no direction, else any number
+        self.poison: Tensor | None = None  # [N]: NaN for an anchor that has no direction, else a number
         changes: dict[str, Any] = {}
         if _has_label_order(call) and engine.label_order_pays(call):
             assert call.ids_x is not None
@@ -120,8 +120,10 @@ class Classes:
 
     def sums(self, rows: Tensor) -> Tensor:
         """[N, D]: the sum of the rows whose id is ids_i."""
+        if not rows.shape[0]:
+            return rows.new_zeros(self.count.shape[0], rows.shape[1])
         sums = add_rows_(torch.zeros_like(rows), self._of_rows, rows)
         if self._all_occur:
-            return sums.index_select(0, self._of_anchors)
-        sums = sums.index_select(0, self._of_anchors.clamp(max=rows.shape[0] - 1))
+            return rows_at(sums, self._of_anchors)
+        sums = rows_at(sums, self._of_anchors.clamp(max=rows.shape[0] - 1))
         return torch.where(self.count[:, None] > 0, sums, 0)

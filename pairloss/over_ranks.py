@@ -335,8 +335,7 @@ def _sums_of_classes(ranks: Ranks, rows: Tensor, row_ids: Tensor, ids: Tensor) -
 
     def compute(block: Rows, place: Place) -> None:
         values, value_ids = block
-        if len(values):
-            result.add_(order.Classes(ids, value_ids).sums(values))
+        result.add_(order.Classes(ids, value_ids).sums(values))
 
     ranks.visit([rows, row_ids], ranks.sizes(len(rows)), compute)
     return result

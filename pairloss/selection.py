@@ -98,6 +98,11 @@ def add_rows_(total: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     return total.index_put_((index.long(),), rows, accumulate=True)
 
 
+def rows_at(rows: Tensor, index: Tensor) -> Tensor:
+    """rows[index], whose gradient is added up as in add_rows_."""
+    return rows.index_select(0, index) if rows.device.type == "cpu" else rows[index]
+
+
 def _slabs(rows: Tensor, width: int) -> Iterator[slice]:
     n, step = len(rows), max(1, (SLAB if _may_look(rows) else DEVICE_SLAB) // max(1, width))
     return (slice(start, min(start + step, n)) for start in range(0, n, step))

@@ -87,4 +87,4 @@ def _inverse_norm(x: Tensor) -> Tensor:
     """[N, 1]: 1 / |x|, 0 for a zero row, NaN for a norm that is not finite: 1 / inf would silently give the zero vector."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     inverse = torch.threshold(norm, ZERO_NORM, torch.inf).reciprocal()  # of a small norm 1 / inf
-    return torch.add(inverse, norm, alpha=0)  # 0 * inf is NaN
+    return inverse + norm * 0  # 0 * inf is NaN; not with alpha=0, which MPS leaves out

@@ -13,8 +13,7 @@ import test_row_stats
 import torch
 from conftest import DTYPES, INTERPRETED, Engine
 
-from pairloss import cuda, order
-from pairloss.engines import statistics_dtype
+from pairloss import cuda, operands
 from pairloss.ops import row_stats
 
 pytestmark = [
@@ -82,34 +81,36 @@ def test_scale_of_weights(host, n):
     test_kernels.test_scale_of_weights(ENGINE, n, torch.float32)
 
 
-@pytest.mark.parametrize(("form", "operations"), [("snnl", 8), ("snnl in label order", 12), ("clip", 16)])
-def test_operations_around_the_kernels(host, form, operations):
+class Counted:
+    """A module whose functions are counted as they are taken."""
+
+    def __init__(self, module) -> None:
+        self.module, self.number = module, 0
+
+    def __getattr__(self, name: str):
+        value = getattr(self.module, name)
+        self.number += name not in ("tile", "entries", "device_type") and not isinstance(value, type)
+        return value
+
+
+@pytest.mark.parametrize(("form", "operations", "kernels"), [("snnl", 9, 15), ("snnl in label order", 13, 15), ("clip", 17, 27)])
+def test_launches_of_a_step(host, monkeypatch, form, operations, kernels):
+    counted = Counted(host)
+    monkeypatch.setattr(cuda, "_cuda", counted)
     assert test_kernels.count_operations(ENGINE, form) <= operations
+    assert counted.number <= kernels
 
 
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("product_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows(host, dtype, product_dtype, ordered):
-    """What order.py computes in PyTorch, of any rows for any products; rows that count as zero, and one that is too long."""
-    if dtype == torch.float64:
-        product_dtype = dtype
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(37, 70, generator=generator).to(dtype)
-    rows[3], rows[4] = 0, 1e-13
-    norm, places = torch.tensor(2.5, dtype=statistics_dtype(rows)), torch.randperm(37, generator=generator) if ordered else None
-    grad = torch.randn(37, 70, generator=generator).to(norm.dtype) + (rows if places is None else rows[places])  # also along the rows
-    ours = cuda.scaled_rows_fwd(rows, norm, places, product_dtype), *cuda.scaled_rows_bwd(rows, norm, places, grad)
-    forward = order.scaled_rows_fwd(rows.double(), norm.double(), places, torch.float64)
-    truth = forward, *order.scaled_rows_bwd(rows.double(), norm.double(), places, grad.double())
-    for one, other, to in zip(ours, truth, (product_dtype, dtype, norm.dtype), strict=True):
-        assert one.dtype == to
-        torch.testing.assert_close(one.double(), other, rtol=torch.finfo(to).eps, atol=4 * torch.finfo(norm.dtype).eps)
-    rows[5, 0] = torch.inf
-    given = torch.arange(37) if places is None else places
-    assert torch.equal(cuda.scaled_rows_fwd(rows, norm, places, product_dtype).isnan().all(1), given == 5)
-    for bad in (-1.0, torch.inf):
-        assert cuda.scaled_rows_fwd(rows, torch.full_like(norm, bad), places, product_dtype)[given < 3].isnan().all()
+    test_kernels.test_rows(ENGINE, dtype, product_dtype, ordered)
+
+
+def test_entries(host):
+    """That a kernel takes as many as Python makes room for."""
+    assert host.entries == operands.ENTRIES
 
 
 @pytest.mark.parametrize("tau", [0.001, 1.0])

@@ -6,15 +6,17 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import INTERPRETED, TILED, Engine, assert_rule, tiles, why_not
+from conftest import DTYPES, INTERPRETED, TILED, Engine, assert_rule, skip_if_unable, tiles, why_not
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from pairloss import autograd, operands
+from pairloss import autograd, engines, operands, order
 from pairloss.engines import Call
 from pairloss.ops import pair_sum, row_stats
 
 NOT_HERE = pytest.mark.skip(reason=f"triton: {why_not(Engine('triton', 'cpu'))}")
-KERNELS = [engine for engine in TILED if engine.name in ("triton", "cuda")] or [pytest.param(Engine("triton", "nowhere"), marks=NOT_HERE)]
+NOWHERE = [pytest.param(Engine("triton", "nowhere"), marks=NOT_HERE)]
+KERNELS = [engine for engine in TILED if engine.name in ("triton", "cuda")] or NOWHERE
+TRITON = [engine for engine in KERNELS if engine in TILED and engine.name == "triton"] or NOWHERE
 WIDE = 300  # columns: more than the kernels keep a gradient of in registers
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -76,11 +78,13 @@ def test_nothing_to_compare(engine, n, m):
     ids = {"ids_x": torch.zeros(n, dtype=torch.long, device=engine.device), "ids_y": torch.zeros(m, dtype=torch.long, device=engine.device)}
     rows, cols = row_stats(x, y, **ids, score="circle", both_sides=True, backend=engine.name)
     sums = pair_sum(x, y, **ids, over="negatives", backend=engine.name)
+    totals = row_stats(x, y, **ids, totals=True, backend=engine.name)[0][2:]
+    assert torch.equal(totals, torch.zeros_like(totals))
     assert rows.shape == (2, n)
     assert cols.shape == (2, m)
     assert (torch.cat([rows, cols], 1) == -torch.inf).all()
     assert torch.equal(sums, torch.zeros_like(sums))
-    total = sums.sum() + torch.where(rows == -torch.inf, 0, rows).sum() + torch.where(cols == -torch.inf, 0, cols).sum()
+    total = sums.sum() + totals[0].sum() + torch.where(rows == -torch.inf, 0, rows).sum() + torch.where(cols == -torch.inf, 0, cols).sum()
     for leaf, grad in zip((x, y), torch.autograd.grad(total, (x, y)), strict=True):
         assert torch.equal(grad, torch.zeros_like(leaf))
 
@@ -115,6 +119,36 @@ def test_visited_tiles(order, over):
                     if (part.max() < row.min() or part.min() > row.max() if over == 0 else same[j].all())
                 }
                 assert not visited & ruled_out
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("product_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("engine", KERNELS, ids="-".join)
+def test_rows(engine, dtype, product_dtype, ordered):
+    """What order.py computes in PyTorch, of any rows for any products; rows that count as zero, and one that is too long."""
+    skip_if_unable(engine, dtype)
+    if dtype == torch.float64:
+        product_dtype = dtype
+    here, device = engines.load(engine.name), engine.device
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(37, 70, generator=generator).to(device, dtype)
+    rows[3], rows[4] = 0, 1e-13
+    norm = torch.tensor(2.5, dtype=engines.statistics_dtype(rows), device=device)
+    places = torch.randperm(37, generator=generator).to(device) if ordered else None
+    grad = torch.randn(37, 70, generator=generator).to(norm) + (rows if places is None else rows[places])  # also along the rows
+    ours = here.scaled_rows_fwd(rows, norm, places, product_dtype), *here.scaled_rows_bwd(rows, norm, places, grad)
+    forward = order.scaled_rows_fwd(rows.double(), norm.double(), places, torch.float64)
+    truth = forward, *order.scaled_rows_bwd(rows.double(), norm.double(), places, grad.double())
+    for one, other, to in zip(ours, truth, (product_dtype, dtype, norm.dtype), strict=True):
+        assert one.dtype == to
+        torch.testing.assert_close(one.double(), other, rtol=torch.finfo(to).eps, atol=4 * torch.finfo(norm.dtype).eps)
+    rows[5, 0] = torch.inf
+    given = torch.arange(37, device=device) if places is None else places
+    assert torch.equal(here.scaled_rows_fwd(rows, norm, places, product_dtype).isnan().all(1), given == 5)
+    for bad in (-1.0, torch.inf):
+        assert here.scaled_rows_fwd(rows, torch.full_like(norm, bad), places, product_dtype)[given < 3].isnan().all()
 
 
 def launches_of(engine: Engine):
@@ -213,8 +247,8 @@ def count_operations(engine: Engine, form: str) -> int:
 
 
 @pytest.mark.engines
-@pytest.mark.parametrize(("form", "operations", "kernels"), [("snnl", 8, 12), ("snnl in label order", 12, 12), ("clip", 16, 25)])
-@pytest.mark.parametrize("engine", [pytest.param(Engine("triton", "cpu"), marks=[] if INTERPRETED else NOT_HERE)], ids="-".join)
+@pytest.mark.parametrize(("form", "operations", "kernels"), [("snnl", 9, 12), ("snnl in label order", 13, 12), ("clip", 17, 25)])
+@pytest.mark.parametrize("engine", TRITON, ids="-".join)
 def test_launches_of_a_step(engine, form, operations, kernels):
     """A small batch on a GPU waits for the host: no more operations around the kernels than bench/notes.md has."""
     from pairloss.kernels import launch

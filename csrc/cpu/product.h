@@ -11,7 +11,7 @@ namespace pairloss {
 namespace {
 
 // ROWS x VECTORS accumulators, VECTORS operands and a broadcast fill the registers, and the usual lengths of rows are multiples of PANEL.
-// Arm multiplies by a number in a register: GCC loads those of all rows at once, and with 6 spills accumulators.
+// Arm has the numbers of the rows in registers too: with 6 of them GCC keeps accumulators in memory.
 #if defined(__aarch64__)
 constexpr int ROWS = 5;
 #else

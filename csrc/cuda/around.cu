@@ -15,10 +15,10 @@ constexpr int THREADS = Shape<float>::THREADS, WARPS = Shape<float>::WARPS;
 template <class A>
 constexpr A NOT_A_NUMBER = std::numeric_limits<A>::quiet_NaN();
 template <class A>
-constexpr A MOST = std::numeric_limits<A>::max();
-// Above all numbers of a type.
+constexpr A GREATEST = std::numeric_limits<A>::max();
+// Where the search for the least of some numbers begins.
 template <class V>
-constexpr V TOP = std::numeric_limits<V>::has_infinity ? std::numeric_limits<V>::infinity() : std::numeric_limits<V>::max();
+constexpr V ABOVE_ALL = std::numeric_limits<V>::has_infinity ? std::numeric_limits<V>::infinity() : std::numeric_limits<V>::max();
 
 // Of the rows, tiles or entries that blocks share out, `each` to a block.
 PAIRLOSS_DEVICE int64_t first_of_block(int each) { return int64_t(block().x) * each; }
@@ -130,11 +130,11 @@ PAIRLOSS_KERNEL void __launch_bounds__(THREADS, 1) largest_kernel(const A* sums,
 template <class A>
 PAIRLOSS_KERNEL void __launch_bounds__(THREADS, 1) scaled_weights_kernel(
     const A* sums, const A* grads, const A* largest, int64_t parts, const A* steepest, A* weights, A* unscale, int64_t size) {
-  constexpr A LEAST = A(1e-30);
+  constexpr A LEAST = A(0x1p-100);
   A top = 0;
   for (int64_t k = thread(); k < parts; k += THREADS) top = larger(top, largest[k]);
   top = largest_of_block(top) * (steepest ? *steepest : A(1));
-  top = !(top > LEAST) ? LEAST : top > MOST<A> ? MOST<A> : top;
+  top = !(top > LEAST) ? LEAST : top > GREATEST<A> ? GREATEST<A> : top;
   const int e = int(std::floor(A(13) - std::log2(top)));
   const A scale = std::ldexp(A(1), e);
   for (int k = thread(); k < ENTRIES; k += THREADS) {
@@ -153,7 +153,7 @@ PAIRLOSS_KERNEL void __launch_bounds__(THREADS, 1)
   const int64_t tile = first_of_block(WARPS) + warp(), vector = block().y;
   if (tile >= tiles) return;
   const auto lower = [](V a, V b) { return b < a ? b : a; };
-  V least = TOP<V>, greatest = -TOP<V>;
+  V least = ABOVE_ALL<V>, greatest = -ABOVE_ALL<V>;
   const int64_t first = tile * size, past = first + size < n ? first + size : n;
   for (int64_t i = vector * n + first + lane(); i < vector * n + past; i += 32) {
     if (skipped_at_0 && skipped_at_0[i] == V(0)) continue;
@@ -234,8 +234,8 @@ void Vectors<A>::largest(const Stream& stream, const void* sums, const void* gra
 }
 
 template <class A>
-void Vectors<A>::scaled_weights(const Stream& stream, const void* sums, const void* grads, const void* largest, int64_t parts, const void* steepest,
-    void* weights, void* unscale, int64_t size) {
+void Vectors<A>::scaled_weights(const Stream& stream, const void* sums, const void* grads, const void* largest, int64_t parts,
+    const void* steepest, void* weights, void* unscale, int64_t size) {
   constexpr const char* NAME = "scaled_weights";
   if (size == 0) return;
   launch(NAME, stream, scaled_weights_kernel<A>, dim3(blocks(size, ENTRIES, NAME)), THREADS, WARPS * int(sizeof(A)), in<A>(sums),
@@ -243,7 +243,8 @@ void Vectors<A>::scaled_weights(const Stream& stream, const void* sums, const vo
 }
 
 template <class A>
-void Vectors<A>::sum_of_parts(const Stream& stream, const void* from, const void* factor, void* to, int64_t n, int64_t stride, int64_t width, int parts) {
+void Vectors<A>::sum_of_parts(
+    const Stream& stream, const void* from, const void* factor, void* to, int64_t n, int64_t stride, int64_t width, int parts) {
   constexpr const char* NAME = "sum_of_parts";
   if (n == 0) return;
   launch(NAME, stream, sum_of_parts_kernel<A>, dim3(blocks(n, WARPS, NAME)), THREADS, 0, in<A>(from), in<A>(factor), out<A>(to), n, stride,

@@ -37,7 +37,7 @@ auto with_kernels(const std::string& dtype, F f) {
   return with_type(dtype, [&](auto t) { return f(Kernels<typename decltype(t)::type>()); });
 }
 
-// Of vectors.
+// Calls f with the vectors of a dtype in which products are added up.
 template <class F>
 void with_sum(const std::string& dtype, F f) {
   if (dtype == "float64") return f(Vectors<double>());
@@ -78,8 +78,11 @@ PYBIND11_MODULE(PAIRLOSS_MODULE, module) {
   using release = py::call_guard<py::gil_scoped_release>;
 
   module.attr("device_type") = PAIRLOSS_DEVICE_TYPE;
+  module.attr("entries") = ENTRIES;
 
-  py::class_<Stream>(module, "Stream", py::module_local()).def(py::init([](int device, uintptr_t handle) { return Stream{device, pointer(handle)}; }));
+  py::class_<Stream>(module, "Stream", py::module_local()).def(py::init([](int device, uintptr_t handle) {
+    return Stream{device, pointer(handle)};
+  }));
 
   py::class_<Side>(module, "Side", py::module_local()).def(py::init(&make_side), py::kw_only(), py::arg("n"), py::arg("rows"), py::arg("ids"), py::arg("id_ranges"),
       py::arg("bias"), py::arg("weights"), py::arg("weight_ranges"));
@@ -169,8 +172,11 @@ PYBIND11_MODULE(PAIRLOSS_MODULE, module) {
       "ranges",
       [](const Stream& stream, const std::string& dtype, uintptr_t values, uintptr_t skipped_at_0, uintptr_t to, int64_t n, int64_t size,
           int vectors) {
-        const auto launched = dtype == "int32" ? ranges<int32_t> : dtype == "float64" ? ranges<double> : ranges<float>;
-        launched(stream, pointer(values), pointer(skipped_at_0), pointer(to), n, size, vectors);
+        const auto launch = [&](auto v) {
+          ranges<decltype(v)>(stream, pointer(values), pointer(skipped_at_0), pointer(to), n, size, vectors);
+        };
+        if (dtype == "int32") return launch(int32_t());
+        with_sum(dtype, [&](auto v) { launch(typename decltype(v)::Number()); });
       },
       release());
 }

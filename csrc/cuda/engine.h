@@ -91,6 +91,7 @@ constexpr int ENTRIES = 1024;  // of a vector, whose largest is one of `largest`
 // Vectors of A, float or double, of `size` entries: [sets, n], of which sums have two, s and m.
 template <class A>
 struct Vectors {
+  using Number = A;
   // Over the groups of Partials, and its logarithm: a sum s e^m as pairloss.engines.normalised has it.
   static void total(const Stream&, const void* s, const void* m, void* sums, void* logs, int64_t size, int groups, bool bounded);
   // The greatest finite |grad / s| of each ENTRIES; null sums: 1.
