@@ -27,7 +27,7 @@ class Report:
 
 def reports(arch: int, part: str, *options: str) -> list[Report]:
     """Of all kernels for products of a type, or of those around the pairs. Warnings are errors."""
-    command = ["nvcc", "-std=c++20", "-O3", f"-arch=sm_{arch}", "-Werror", "all-warnings", "-Xptxas", "-v", *options]
+    command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Werror", "all-warnings", "-Xptxas", "-v", *options]
     command += ["-cubin", "-o", "/dev/null"]
     command += [str(SOURCES / "around.cu")] if part == AROUND else [f"-DPAIRLOSS_TYPE={part}", str(SOURCES / "kernels.cu")]
     done = subprocess.run(command, capture_output=True, text=True)
