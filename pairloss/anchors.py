@@ -21,10 +21,7 @@ class Labelled(NamedTuple):
     ref_ignored: Tensor | None
     weight: Tensor | None
     dtype: torch.dtype  # of the statistics and the loss
-
-    @property
-    def self_offset(self) -> int | None:
-        return 0 if self.ref_features is None else None
+    self_offset: int | None
 
 
 def labelled(
@@ -55,7 +52,8 @@ def labelled(
     dtype = loss_dtype(features)
     weight = weights(labels, weight, class_weight, ignored, dtype)
     ref_ids = None if ref_labels is None else _ids(ref_labels)
-    return Labelled(real_view(features), _ids(labels), ref_features, ref_ids, ignored, ref_ignored, weight, dtype)
+    self_offset = 0 if ref_features is None else None
+    return Labelled(real_view(features), _ids(labels), ref_features, ref_ids, ignored, ref_ignored, weight, dtype, self_offset)
 
 
 def _ids(labels: Tensor) -> Tensor:

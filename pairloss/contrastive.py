@@ -246,7 +246,7 @@ def nt_xent(
     one_pass = ids is None and not beta  # the other view is the only one with the anchor's id
     pairs = pairs if one_pass else pairs.widened()
     assert pairs.y is not None
-    rows = pairs._replace(x=torch.cat([pairs.x, pairs.y]), y=None)
+    rows = pairs.but(x=torch.cat([pairs.x, pairs.y]), y=None)
     if one_pass:
         (pos, neg), _ = rows.row_stats(both, None, 0, backend=backend)
     else:
@@ -265,10 +265,10 @@ def _hard_log_sum(rows: Rows, ids: Tensor, beta: float, backend: str | None) -> 
     neg = []
     for factor in (beta + 1, beta):
         assert rows.norm is not None
-        scaled = rows._replace(norm=rows.norm * math.sqrt(factor), logit_bound=rows.logit_bound * factor)
+        scaled = rows.but(norm=rows.norm * math.sqrt(factor), logit_bound=rows.logit_bound * factor)
         neg.append(scaled.row_stats(ids, None, 0, backend=backend)[0][1])
     size = (ranks.count(len(ids)) - groups.count(ids, ids)).to(neg[0].dtype)
-    empty, poison = size == 0, rows.normalised().poison
+    empty, poison = size == 0, rows.normalised().poison()
     return torch.where(empty, -torch.inf, neg[0] - torch.where(empty, 0, neg[1]) + torch.where(empty, 1, size).log()) + poison
 
 
@@ -324,7 +324,8 @@ class Candidates(NamedTuple):
     def swapped(self) -> "Candidates":
         """The candidates as anchors, without biases: for each of them, its own is a constant."""
         assert self.rows.y is not None
-        return self._replace(rows=self.rows._replace(x=self.rows.y, y=self.rows.x, col_bias=None), ids_x=self.ids_y, ids_y=self.ids_x)
+        rows = self.rows.but(x=self.rows.y, y=self.rows.x, col_bias=None)
+        return Candidates(rows, self.ids_y, self.ids_x, self.self_offset, self.cutoff, self.backend)
 
 
 def _most_negatives(query: Tensor, negative_keys: Tensor | None, in_batch: bool) -> int:

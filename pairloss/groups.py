@@ -26,12 +26,12 @@ def positives(rows: "Rows", ids: Tensor, ref_ids: Tensor | None, backend: str | 
             )  # fmt: skip
 
         nothing = rows.x.new_zeros(n, 1), None if rows.y is None else rows.y.new_zeros(rows.y.shape[0], 1)
-        return over_positives(rows.x, rows.y, None), over_positives(*nothing, rows.x.new_ones(n)) + rows.poison
+        return over_positives(rows.x, rows.y, None), over_positives(*nothing, rows.x.new_ones(n)) + rows.poison()
     candidates, candidate_ids = (rows.x, ids) if rows.y is None or ref_ids is None else (rows.y, ref_ids)
     members, others = _count_and_sums(candidates, candidate_ids, ids)
     if itself:
         members, others = members - 1, others - rows.x
-    return rows.products(others, backend).masked_fill(members == 0, 0), members + rows.poison
+    return rows.products(others, backend).masked_fill(members == 0, 0), members + rows.poison()
 
 
 def count(ids: Tensor, candidate_ids: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def clip(
     if label_smoothing:
         rows, n = rows.normalised(), ranks.count(image.shape[0])
         assert rows.y is not None
-        swapped = rows._replace(x=rows.y)
+        swapped = rows.but(x=rows.y)
         mean_image, mean_text = (ranks.total(v.sum(0)).div(n).expand_as(v) for v in (rows.x, rows.y))
         mean = (rows.products(mean_text, backend) + swapped.products(mean_image, backend)) / 2
         losses = losses + label_smoothing * (rows.products(rows.y, backend) - mean)

@@ -124,4 +124,4 @@ def tolerance(
     total, _ = groups.positives(rows, labels.long(), None, backend)
     if include_self:
         return ranks.total((total + rows.products(rows.x, backend)).sum()) / n**2
-    return ranks.total(total.sum() / max(1, n * (n - 1)) + rows.poison.sum())
+    return ranks.total(total.sum() / max(1, n * (n - 1)) + rows.poison().sum())

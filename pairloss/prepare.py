@@ -24,22 +24,23 @@ class Rows(NamedTuple):
     product_dtype: torch.dtype
     logit_bound: float
 
+    def but(self, **changes: Any) -> "Rows":
+        """With other values of some fields. Dynamo (2.6) doesn't trace _replace."""
+        values: list[Any] = [changes.get(name, value) for name, value in zip(Rows._fields, self, strict=True)]
+        return Rows(*values)
+
     def widened(self) -> "Rows":
         """Half rows as float32, for a loss of several parts: the parts of the gradient are added up before it is rounded."""
-        return self._replace(x=self.x.to(self.dtype), y=None if self.y is None else self.y.to(self.dtype))
+        dtype = statistics_dtype(self.x)
+        return self.but(x=self.x.to(dtype), y=None if self.y is None else self.y.to(dtype))
 
     def normalised(self) -> "Rows":
         """The rows as they are compared, for what is computed from single ones."""
         if self.norm is None:
             return self
         x, y, *_ = self.widened()
-        return self._replace(x=unit(x, self.norm), y=None if y is None else unit(y, self.norm), norm=None)
+        return self.but(x=unit(x, self.norm), y=None if y is None else unit(y, self.norm), norm=None)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return statistics_dtype(self.x)
-
-    @property
     def poison(self) -> Tensor:
         """[N], of rows as they are compared: NaN for an anchor with a value that is not finite (or all, where tau is not > 0), else 0."""
         assert self.norm is None
@@ -51,12 +52,12 @@ class Rows(NamedTuple):
         """ops.row_stats of these rows; NaN for a NaN anchor also where it has nothing to be compared with."""
         here = totals and ranks.current() is None
         pairs = (self.x, self.y, ids_x, ids_y, self_offset, self.row_bias, self.col_bias)
-        how |= {"norm": self.norm, "product_dtype": self.product_dtype, "logit_bound": self.logit_bound}
+        how = {**how, "norm": self.norm, "product_dtype": self.product_dtype, "logit_bound": self.logit_bound}  # dynamo (2.6) knows no |=
         rows, cols = ops.row_stats(*pairs, totals=here, **how)
         if totals and not here:
             assert ids_x is not None
             rows = torch.cat([rows, torch.stack(groups.positives(self, ids_x, ids_y, how["backend"]))])
-        return rows if self.norm is not None else rows + self.poison, cols
+        return rows if self.norm is not None else rows + self.poison(), cols
 
     def products(self, y: Tensor, backend: str | None) -> Tensor:
         """[N]: the product of each anchor with the row of y [N, D] beside it."""
@@ -64,7 +65,7 @@ class Rows(NamedTuple):
 
     def against(self, y: Tensor, col_bias: Tensor | None) -> "Rows":
         """The same anchors with other candidates."""
-        return self._replace(y=y, col_bias=col_bias, logit_bound=self.logit_bound if col_bias is None else math.inf)
+        return self.but(y=y, col_bias=col_bias, logit_bound=self.logit_bound if col_bias is None else math.inf)
 
 
 def of_temperature(tau: float | Tensor) -> float | Tensor:

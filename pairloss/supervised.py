@@ -190,7 +190,7 @@ def circle(
     if pool == "batch" and (weight is not None or class_weight is not None or reduction != "mean"):
         raise ValueError("pool: expected 'anchor' with weight, class_weight or a reduction, got 'batch'")
     given = anchors.labelled(features, labels, ref_features, ref_labels, weight, class_weight, ignore_index)
-    rows = prepare(given.features, given.ref_features, 1.0, metric, given.ignored, given.ref_ignored)._replace(logit_bound=torch.inf)
+    rows = prepare(given.features, given.ref_features, 1.0, metric, given.ignored, given.ref_ignored).but(logit_bound=torch.inf)
     score: dict[str, Any] = {"score": "circle", "m": float(m), "gamma": float(gamma)}
     (pos, neg), _ = rows.row_stats(given.ids, given.ref_ids, given.self_offset, **score, backend=backend)
     if pool == "batch":
