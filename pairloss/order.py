@@ -114,8 +114,8 @@ class Classes:
         ordered = row_ids.sort().values
         # A class is numbered by where it begins in label order.
         self._of_rows = torch.searchsorted(ordered, row_ids)
-        self._of_anchors = self._of_rows if ids is row_ids else torch.searchsorted(ordered, ids)
         self._all_occur = ids is row_ids
+        self._of_anchors = self._of_rows if self._all_occur else torch.searchsorted(ordered, ids)
         self.count = torch.searchsorted(ordered, ids, right=True) - self._of_anchors  # [N]
 
     def sums(self, rows: Tensor) -> Tensor:

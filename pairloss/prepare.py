@@ -26,8 +26,7 @@ class Rows(NamedTuple):
 
     def but(self, **changes: Any) -> "Rows":
         """With other values of some fields. Dynamo (2.6) doesn't trace _replace."""
-        values: list[Any] = [changes.get(name, value) for name, value in zip(Rows._fields, self, strict=True)]
-        return Rows(*values)
+        return Rows(**{**dict(zip(Rows._fields, self, strict=True)), **changes})
 
     def widened(self) -> "Rows":
         """Half rows as float32, for a loss of several parts: the parts of the gradient are added up before it is rounded."""

@@ -1,5 +1,7 @@
 """What every loss promises, generated from the table of losses: gradcheck, opcheck, compile, export, autocast, func, dtypes."""
 
+import ast
+import inspect
 import shutil
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from conftest import DTYPES, ON_CPU, tiles
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from pairloss import anchors, groups, prepare
 from pairloss.autograd import DIFFERENTIABLE
 from pairloss.testing import FLOORS, LOSSES, Sample
 from pairloss.unit import unit
@@ -86,6 +89,20 @@ def test_opcheck_of_the_other_ops(over):
     index = ops.top_k(*pairs, None, 3)
     torch.library.opcheck(ops.selected_products.default, (x, y, index, torch.float32))
     torch.library.opcheck(ops.selected_products_backward.default, (x, y, index, torch.float32, torch.randn(9, 3), [True, True]))
+
+
+TRACED = {inspect.getmodule(inspect.unwrap(spec.function)) for spec in LOSSES.values()} | {anchors, groups, prepare}
+
+
+@pytest.mark.parametrize("module", sorted(TRACED, key=lambda module: module.__name__), ids=lambda module: module.__name__)
+def test_the_oldest_dynamo_knows_what_it_traces(module):
+    """That of torch 2.6, which CI doesn't have: seen to fail at these, and each stops torch.compile of a loss."""
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        assert not (isinstance(node, ast.Attribute) and node.attr == "_replace"), f"line {node.lineno}: _replace of a named tuple"
+        assert not (isinstance(node, ast.AugAssign) and isinstance(node.value, ast.Dict)), f"line {node.lineno}: |= of dictionaries"
+        if isinstance(node, ast.ClassDef) and any(isinstance(base, ast.Name) and base.id == "NamedTuple" for base in node.bases):
+            for method in (v for v in node.body if isinstance(v, ast.FunctionDef)):
+                assert not method.decorator_list, f"line {method.lineno}: a property of a named tuple"
 
 
 @pytest.mark.parametrize(("loss", "option"), CASES)

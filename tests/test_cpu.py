@@ -377,7 +377,7 @@ def test_arm_computes_the_same(tmp_path):
     """NEON, optimised as it is shipped, in an emulator."""
     for program in (ARM_COMPILER, ARM):
         if shutil.which(program) is None:
-            pytest.skip(f"no {program}")
+            pytest.skip(f"no {program}, which NEON needs on another processor (apt-get install g++-aarch64-linux-gnu qemu-user)")
     build_every_form(tmp_path, {"floats": ()})
     build_every_form(tmp_path, {"arm": ("-static", "-O3", "-ffp-contract=fast")}, ARM_COMPILER)
     here, arm = every_form(tmp_path, "floats", 1), every_form(tmp_path, "arm", 2, ARM)
