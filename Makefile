@@ -44,13 +44,9 @@ aot: $(READY)
 	$(BIN)/python bench/aot.py
 	$(BIN)/python bench/cuda_aot.py
 
-# For a machine with a GPU: the interpreter that is there, no network, no virtual environment.
+# For a machine with a GPU: the interpreter that is there, no network, no virtual environment. PART="tests peers": those alone.
 gpu:
-	PAIRLOSS_CUDA=1 CMAKE_CUDA_ARCHITECTURES=native $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
-	$(PYTHON) -m pytest tests -m "engines and not slow"
-	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/cuda_host.py
-	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/cuda_host.py
-	$(PYTHON) bench/run.py --device cuda --losses snnl --rows 1024 4096 16384 65536 --columns 128 256 512 1024 --dtype bfloat16 float32
+	$(PYTHON) bench/gpu.py $(if $(PART),--part $(PART))
 
 # For a machine with several GPUs, likewise.
 gpu-dist:

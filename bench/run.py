@@ -1,11 +1,14 @@
-"""Paired timings and peak memory of the losses and their counterparts (bench/cases.py), appended to bench/results/.
+"""Paired timings, errors and peak memory of the losses and their counterparts (bench/cases.py), appended to bench/results/.
 
     python bench/run.py --losses all --rows 8192 --columns 128
     python bench/run.py --losses supcon circle nt_xent --growth
+    python bench/run.py --device cuda --dtype bfloat16 --rows 256 512 1024 --graph
 
 Times: every provider once a round, in any order, in one process; the 20th, 50th and 80th percentile of the rounds and of
-the ratios to the counterparts in the same round. Before, the loss and the gradients of all must agree. Memory: a child process
-each, the most held above the inputs. A counterpart that would take more than --memory-limit has no row; the reason is printed.
+the ratios to the counterparts in the same round. On CUDA by its events, of several sets of inputs in turn. Before, the loss
+and the gradients: where float64 is affordable their error against it has a row, and ours must be small; elsewhere all must agree
+with ours. Memory: on the CPU a child process each, the most held above the inputs. A counterpart that would take more than
+--memory-limit is not run: its row says how many bytes it needs. One that fails has no row; the reason is printed.
 """
 
 import argparse
@@ -19,16 +22,32 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 from unittest import mock
 
 import torch
-from cases import LOSSES, PROVIDERS, Case, Outcome, check_agreement, step_of, why_not
+from cases import (
+    LOSSES,
+    OUR_TOLERANCE,
+    PACKAGES,
+    PROVIDERS,
+    TOLERANCE,
+    Case,
+    Outcome,
+    bytes_needed,
+    error,
+    inputs_of,
+    providers_of,
+    step_of,
+    truth,
+    why_not,
+)
+from torch import Tensor
 
 from pairloss import engines
 
@@ -39,38 +58,93 @@ COLUMNS = [
     *("loss", "provider", "engine", "n", "d", "dtype", "quantity", "p20", "p50", "p80", "rounds"),
 ]
 GROWTH = [256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
-FEW_ROUNDS_FROM, FEW_ROUNDS = 16384, 3
+FEW_ROUNDS_FROM, FEW_ROUNDS = {"cpu": 16384, "cuda": 131072}, 3
+# Rows up to which the dense loss in float64 is waited for, and sets of inputs: more than a GPU's caches hold.
+FLOAT64_UP_TO, SETS = {"cpu": 2048, "cuda": 16384}, {"cpu": 1, "cuda": 3}
 
 
-class Timing(NamedTuple):
-    seconds: dict[str, list[float]]
-    engine: str
+Step = Callable[[], Outcome | None]
 
 
-def timed(step: Callable[[], Outcome | None], device: str) -> float:
-    start = time.perf_counter()
-    step()
+def timed(step: Step, device: str) -> float:
     if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return 1e-3 * start.elapsed_time(end)
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
 
 
-def times(case: Case, device: str, rounds: int, providers: list[str]) -> Timing:
-    steps = {name: step_of(case, device, name) for name in providers}
-    with engines_used() as used:
-        ours = steps["pairloss"]()
-    for name, step in steps.items():
-        theirs = step() if name != "pairloss" else None
-        if ours is not None and theirs is not None:
-            check_agreement(case, ours, name, theirs)
+def rounds_of(steps: dict[str, Step], device: str, rounds: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     order, shuffle = list(steps), random.Random(0).shuffle
     for _ in range(rounds):
         shuffle(order)  # what a step leaves behind in caches and in the allocator is not always the same one's
         for name in order:
             seconds[name].append(timed(steps[name], device))
-    engine = engines.REFERENCE if engines.DEFAULT_BACKEND == engines.REFERENCE else "+".join(sorted(used))
-    return Timing(seconds, engine)
+    return seconds
+
+
+def outcomes_of(case: Case, providers: list[str], inputs: tuple[Tensor, ...]) -> tuple[dict[str, Outcome | None], dict[str, str]]:
+    """The first step of every provider, and which engines served ours. Whoever fails is left out, but for ours."""
+    outcomes, used_by = {}, {}
+    for provider in providers:
+        with engines_used() as used:
+            try:
+                outcomes[provider] = step_of(case, provider, [inputs])()
+            except Exception as reason:
+                if provider == "pairloss":
+                    raise
+                print(f"{case.id}: no {provider}: {type(reason).__name__}: {reason}", file=sys.stderr)
+        used_by[provider] = "+".join(sorted(used))
+    if engines.DEFAULT_BACKEND == engines.REFERENCE:
+        used_by["pairloss"] = engines.REFERENCE
+    return outcomes, used_by
+
+
+def errors_of(case: Case, inputs: tuple[Tensor, ...], outcomes: dict[str, Outcome | None], limit: float) -> dict[str, float]:
+    """Of every provider against float64, or none where that is too large: then against ours. Raises where ours is wrong, or not naive's."""
+    known = {name: outcome for name, outcome in outcomes.items() if outcome is not None}
+    wide = case._replace(dtype=torch.float64)
+    affordable = case.n <= FLOAT64_UP_TO[inputs[0].device.type] and bytes_needed(wide, "naive") <= limit
+    right, beside = (truth(case, inputs), "float64") if affordable else (known.pop("pairloss"), "ours")
+    errors = {name: error(outcome, right, case.dtype) for name, outcome in known.items()}
+    for name, value in errors.items():
+        if not value <= (OUR_TOLERANCE if name == "pairloss" else TOLERANCE)[case.dtype]:
+            message = f"{case.id}: {name} differs from {beside} by {value:.2g} of a norm"
+            if name == "pairloss" or (name == "naive" and not affordable):
+                raise AssertionError(message)
+            print(message, file=sys.stderr)
+    return errors if affordable else {}
+
+
+def graphs_of(case: Case, steps: dict[str, Step]) -> dict[str, Step]:
+    """The steps that can be captured."""
+    graphs = {}
+    for name, step in steps.items():
+        try:
+            graphs[name] = graph_of(step)
+        except Exception as reason:
+            print(f"{case.id}: no graph of {name}: {type(reason).__name__}: {reason}", file=sys.stderr)
+    return graphs
+
+
+def graph_of(step: Step) -> Step:
+    """The step as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 @contextmanager
@@ -89,17 +163,31 @@ def engines_used() -> Iterator[set[str]]:
         yield used
 
 
-def memory(case: Case, device: str, provider: str) -> float:
+def profile(case: Case, device: str) -> str:
+    """Which kernels the time of three steps goes to."""
+    step = step_of(case, "pairloss", [inputs_of(case, device)])
+    step()
+    activity = {"cpu": torch.profiler.ProfilerActivity.CPU, "cuda": torch.profiler.ProfilerActivity.CUDA}[device]
+    with torch.profiler.profile(activities=[activity]) as seen:
+        for _ in range(3):
+            step()
+    return seen.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=12, max_name_column_width=60)
+
+
+def memory_on_cuda(step: Step) -> int:
+    """Bytes above what is held already."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def memory_on_cpu(case: Case, provider: str) -> int:
     """Bytes above the inputs; the process that calls this must be fresh."""
-    step_of(case._replace(n=64), device, provider)()
-    step = step_of(case, device, provider)
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+    small, step = (step_of(of, provider, [inputs_of(of, "cpu")]) for of in (case._replace(n=64), case))
+    small()
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     step()
@@ -112,15 +200,16 @@ def status(key: str) -> int:
     return int(match[1]) * 1024
 
 
-def memory_in_child(case: Case, device: str, provider: str) -> float:
+def memory_in_child(case: Case, provider: str) -> int:
     size = ["--losses", case.loss, "--rows", str(case.n), "--columns", str(case.d), "--dtype", name_of(case.dtype)]
-    command = [sys.executable, __file__, *size, "--device", device, "--memory-of", provider]
+    command = [sys.executable, __file__, *size, "--memory-of", provider]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def machine(device: str) -> str:
     if device == "cuda":
-        return torch.cuda.get_device_name()
+        driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
+        return f"{torch.cuda.get_device_name()}, driver {driver.stdout.split()[0]}, CUDA {torch.version.cuda}"
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
         if line.startswith("model name"):
             return f"{line.split(':')[1].strip()}, {torch.backends.cpu.get_cpu_capability()}"
@@ -133,29 +222,47 @@ def percentiles(values: list[float]) -> list[str]:
     return [f"{v:.6g}" for v in (cuts[1], statistics.median(values), cuts[7])]
 
 
-def rows_of(case: Case, device: str, rounds: int, limit: float) -> list[list[object]]:
-    providers = []
-    for provider in PROVIDERS:
-        reason = why_not(case, provider, limit)
-        if reason is None:
-            providers.append(provider)
-        else:
-            print(f"{case.id}: no {provider}: {reason}", file=sys.stderr)
-    seconds, engine = times(case, device, rounds, providers)
-
+def rows_of(case: Case, device: str, wanted: set[str], rounds: int, limit: float, graph: bool) -> Iterator[list[object]]:
     head = [datetime.date.today().isoformat(), commit(), machine(device), device, torch.get_num_threads()]
     head += [*map(installed, ("torch", "triton", "pytorch-metric-learning")), case.loss]
-    rows: list[list[object]] = []
+    providers = []
+    for provider in [name for name in providers_of(case.loss, device) if name in wanted]:
+        reason = why_not(case, provider, device, limit)
+        if reason is None:
+            providers.append(provider)
+            continue
+        print(f"{case.id}: no {provider}: {reason}", file=sys.stderr)
+        if bytes_needed(case, provider) > limit:
+            needed = percentiles([bytes_needed(case, provider)])
+            yield [*head, provider, "", case.n, case.d, name_of(case.dtype), "bytes needed", *needed, 1]
+    sets = [inputs_of(case, device, seed) for seed in range(SETS[device])]
+    outcomes, engine = outcomes_of(case, providers, sets[0])
+    errors = errors_of(case, sets[0], outcomes, limit)
+    providers = list(outcomes)
+    outcomes.clear()
+
+    steps = {name: step_of(case, name, sets) for name in providers}
+    for step in steps.values():
+        step()
+    seconds = {"seconds": rounds_of(steps, device, rounds)}
+    if graph:
+        seconds["seconds as a graph"] = rounds_of(graphs_of(case, steps), device, rounds)
     for provider in providers:
-        what = [*head, provider, engine if provider == "pairloss" else "", case.n, case.d, name_of(case.dtype)]
-        rows.append([*what, "seconds", *percentiles(seconds[provider]), rounds])
-        if provider == "pairloss":
-            for base in providers[1:]:
-                ratios = [ours / theirs for ours, theirs in zip(seconds[provider], seconds[base], strict=True)]
-                rows.append([*what, f"seconds / {base}", *percentiles(ratios), rounds])
+        by = engine[provider] or (f"{PACKAGES[provider][0]} {installed(PACKAGES[provider][0])}" if provider in PACKAGES else "")
+        what = [*head, provider, by, case.n, case.d, name_of(case.dtype)]
+        for quantity, measured in seconds.items():
+            if provider not in measured:
+                continue
+            yield [*what, quantity, *percentiles(measured[provider]), rounds]
+            if provider == "pairloss":
+                for base in [name for name in measured if name != provider]:
+                    ratios = [ours / theirs for ours, theirs in zip(measured[provider], measured[base], strict=True)]
+                    yield [*what, f"{quantity} / {base}", *percentiles(ratios), rounds]
+        if provider in errors:
+            yield [*what, "error", *percentiles([errors[provider]]), 1]
         if not provider.startswith("products"):
-            rows.append([*what, "peak bytes", *percentiles([memory_in_child(case, device, provider)]), 1])
-    return rows
+            peak = memory_on_cuda(steps[provider]) if device == "cuda" else memory_in_child(case, provider)
+            yield [*what, "peak bytes", *percentiles([peak]), 1]
 
 
 def commit() -> str:
@@ -174,11 +281,11 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def default_limit(device: str) -> float:
-    """Gigabytes: what an ordinary machine spares, or most of the GPU's memory."""
-    return 6.0 if device == "cpu" else 0.8e-9 * torch.cuda.get_device_properties(0).total_memory
+    """Bytes: what an ordinary machine spares, or most of the GPU's memory."""
+    return 6e9 if device == "cpu" else 0.8 * torch.cuda.get_device_properties(0).total_memory
 
 
-def main() -> None:
+def arguments_of(command: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--losses", nargs="+", default=["all"], choices=["all", *LOSSES], metavar="LOSS", help=f"all, {', '.join(LOSSES)}")
     size = parser.add_mutually_exclusive_group()
@@ -187,31 +294,51 @@ def main() -> None:
     parser.add_argument("--columns", type=int, nargs="+", default=[128], help="D")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=7, help=f"at most {FEW_ROUNDS} from N = {FEW_ROUNDS_FROM:,} on")
+    parser.add_argument("--providers", nargs="+", default=PROVIDERS, choices=PROVIDERS, metavar="PROVIDER", help=", ".join(PROVIDERS))
+    parser.add_argument("--rounds", type=int, default=7, help=f"at most {FEW_ROUNDS} from N = {FEW_ROUNDS_FROM['cpu']:,} on (CPU)")
+    parser.add_argument("--graph", action="store_true", help="time CUDA graphs of the steps too")
     parser.add_argument("--memory-limit", type=float, help="GB for a counterpart; 6, or 80 %% of the GPU")
+    parser.add_argument("--profile", action="store_true", help="print where ours spends its time, and no more")
     parser.add_argument("--results", type=Path, help="the CSV file; bench/results/DEVICE.csv")
     parser.add_argument("--memory-of", choices=PROVIDERS, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    return parser.parse_args(command)
+
+
+def main() -> None:
+    arguments = arguments_of()
     device = arguments.device
     losses = LOSSES if "all" in arguments.losses else arguments.losses
     cases = [
         Case(loss, n, d, DTYPES[dtype]) for dtype in arguments.dtype for d in arguments.columns for loss in losses for n in arguments.rows
     ]
     if arguments.memory_of:
-        print(json.dumps(memory(cases[0], device, arguments.memory_of)))
+        print(json.dumps(memory_on_cpu(cases[0], arguments.memory_of)))
+        return
+
+    if arguments.profile:
+        for case in cases:
+            print(f"3 steps of {case.id}", profile(case, device), sep="\n", flush=True)
         return
 
     path = arguments.results or RESULTS / f"{device}.csv"
-    limit = 1e9 * (arguments.memory_limit or default_limit(device))
+    limit = 1e9 * arguments.memory_limit if arguments.memory_limit else default_limit(device)
+    failed = 0
     for case in cases:
-        rounds = arguments.rounds if case.n < FEW_ROUNDS_FROM else min(FEW_ROUNDS, arguments.rounds)
-        rows = rows_of(case, device, rounds, limit)
+        rounds = arguments.rounds if case.n < FEW_ROUNDS_FROM[device] else min(FEW_ROUNDS, arguments.rounds)
+        try:
+            rows = list(rows_of(case, device, {"pairloss", *arguments.providers}, rounds, limit, arguments.graph))
+        except Exception:  # the other cases are worth having
+            print(f"{case.id}:", traceback.format_exc(), file=sys.stderr)
+            failed += 1
+            continue
         new = not path.exists()
         with path.open("a", newline="") as file:
             writer = csv.writer(file)
             writer.writerows([COLUMNS] * new + rows)
         for row in rows:
             print(*row[8:], sep="\t", flush=True)
+    if failed:
+        sys.exit(f"{failed} of {len(cases)} cases failed")
 
 
 if __name__ == "__main__":

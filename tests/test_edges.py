@@ -309,3 +309,34 @@ def agree(loss, sample, tile):
         torch.testing.assert_close(ours[0], truth[0], rtol=1e-9, atol=1e-12)
         for name, grad in truth[1].items():
             torch.testing.assert_close(ours[1][name], grad, rtol=1e-7, atol=1e-10)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    labels=st.lists(st.sampled_from([-3, 0, 1, 5, 2**40]), min_size=1, max_size=40),
+    d=st.integers(1, 9),
+    tau=st.floats(0.01, 10.0),
+    metric=st.sampled_from(["cosine", "dot", "sqeuclidean"]),
+    ignore_index=st.sampled_from([None, 0, -3]),
+    no_positive=st.sampled_from(["skip", "zero"]),
+    eps=st.sampled_from([0.0, 1e-4]),
+    tile=st.sampled_from([1, 4, 7, None]),
+    seed=st.integers(0, 100),
+)
+def test_any_labels_and_shapes_agree_with_the_reference(labels, d, tau, metric, ignore_index, no_positive, eps, tile, seed):
+    x = torch.randn(len(labels), d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    others = {
+        "labels": torch.tensor(labels),
+        "tau": tau,
+        "metric": metric,
+        "ignore_index": ignore_index,
+        "no_positive": no_positive,
+        "eps": eps,
+    }
+    sample = Sample({"features": x}, others)
+    truth = sample.run(snnl, backend="reference")
+    for backend in ON_CPU:
+        with tiles(tile):
+            ours = sample.run(snnl, backend=backend)
+        torch.testing.assert_close(ours[0], truth[0], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(ours[1]["features"], truth[1]["features"], rtol=1e-7, atol=1e-10)

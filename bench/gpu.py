@@ -1,0 +1,102 @@
+"""What wants a GPU, in parts of a few minutes each: python bench/gpu.py [--part build tests peers sweep profile]
+
+Takes what the interpreter has: PyTorch, Triton, pybind11, CMake, ninja, setuptools, pytest, nvcc; no network. pytest-xdist makes the
+tests, which compile some 700 variants of the kernels, as many times faster as there are cores. Other libraries are compared where they
+are installed. Times, errors and peak memory are appended to bench/results/cuda.csv. A part that fails doesn't keep the next from running.
+"""
+
+import argparse
+import importlib.util
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+Command = list[str]
+SECONDS = 420  # that a command may take
+
+
+def build() -> Iterator[Command]:
+    major, minor = torch.cuda.get_device_capability()
+    install = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
+    yield ["env", "PAIRLOSS_CUDA=1", f"CMAKE_CUDA_ARCHITECTURES={major}{minor}-real", *install]
+
+
+def tests() -> Iterator[Command]:
+    """Of the files that run on every engine: other tests need more packages, and no GPU."""
+    files = [str(file) for file in sorted((ROOT / "tests").glob("test_*.py")) if "mark.engines" in file.read_text()]
+    side_by_side = ["-n", "auto"] if importlib.util.find_spec("xdist") else []
+    yield [sys.executable, "-m", "pytest", "-q", *side_by_side, "-m", "engines and not slow", *files]
+    for tool in ("memcheck", "racecheck"):
+        yield ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, "tests/cuda_host.py"]
+
+
+def bench(losses: str, rows: str, columns: str, dtype: str, *more: str) -> Command:
+    size = ["--rows", *rows.split(), "--columns", *columns.split(), "--dtype", *dtype.split()]
+    return [sys.executable, "bench/run.py", "--device", "cuda", "--losses", *losses.split(), *size, *more]
+
+
+def between(*providers: str) -> Command:
+    return ["--providers", "pairloss", *providers]
+
+
+def peers() -> Iterator[Command]:
+    """The cases that other kernels publish."""
+    dense = between("pairloss-cuda", "products", "naive")
+    yield bench("snnl supcon nt_xent circle clip", "65536", "512", "bfloat16")
+    yield bench("siglip", "65536", "768", "bfloat16")
+    yield bench("snnl supcon nt_xent", "65536", "128 1024", "bfloat16", *dense)
+    yield bench("snnl clip siglip", "16384", "256", "bfloat16 float16 float32", *dense, "memeff", "inf-cl", "siglip-kernel")
+
+
+def sweep() -> Iterator[Command]:
+    """Latency, eager and as CUDA graphs; growth; a size at which N x N would take terabytes."""
+    losses = "snnl supcon circle nt_xent clip siglip"
+    yield bench(losses, "256 1024 2048", "128", "bfloat16 float32", *between("products", "naive"), "--graph")
+    yield bench("snnl", "4096 16384 65536", "64 256 1024", "bfloat16", *between("pairloss-cuda", "products", "naive"))
+    yield bench("snnl", "1048576", "256", "bfloat16", *between(), "--rounds", "1")
+
+
+def profile() -> Iterator[Command]:
+    """Which kernels the time goes to."""
+    yield bench("snnl clip", "65536", "128 512", "bfloat16", "--profile")
+
+
+PARTS = {part.__name__: part for part in (build, tests, peers, sweep, profile)}
+FIRST = ["build", "tests", "peers"]
+
+
+def run(command: Command) -> bool:
+    print("$", *command, flush=True)
+    try:
+        return subprocess.run(command, cwd=ROOT, timeout=SECONDS).returncode == 0
+    except (FileNotFoundError, subprocess.TimeoutExpired) as reason:
+        print(reason)
+        return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=FIRST, help=" ".join(FIRST))
+    parts = parser.parse_args().part
+    if not torch.cuda.is_available():
+        sys.exit("gpu.py: expected a CUDA device, got none")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, nvcc {shutil.which('nvcc')}", flush=True)
+    lines, failed = [], 0
+    for part in parts:
+        for command in PARTS[part]():
+            begin = time.perf_counter()
+            passed = run(command)
+            failed += not passed
+            lines.append(f"{part:8} {'passed' if passed else 'FAILED'} {time.perf_counter() - begin:6.0f} s  {' '.join(command)[:110]}")
+    print(*lines, sep="\n")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""What measures: the errors beside float64, what has no row and why, and the commands for a GPU, which must not fail where time is dear."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import INTERPRETED
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import cases
+import gpu
+import run
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing here is interpreted")
+ROOT = gpu.ROOT
+SMALL = cases.Case("clip", 64, 16, torch.float32)
+
+
+def rows(case, limit=1e9):
+    """By provider and quantity."""
+    columns = run.COLUMNS
+    listed = [dict(zip(columns, row, strict=True)) for row in run.rows_of(case, "cpu", set(cases.PROVIDERS), 2, limit, False)]
+    return {(row["provider"], row["quantity"]): float(row["p50"]) for row in listed}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", cases.LOSSES)
+def test_ours_are_near_float64(loss, dtype):
+    case = cases.Case(loss, 130, 16, dtype)
+    inputs = cases.inputs_of(case, "cpu")
+    error = cases.error(cases.step_of(case, "pairloss", [inputs])(), cases.truth(case, inputs), dtype)
+    assert 0 < error <= cases.OUR_TOLERANCE[dtype]
+
+
+def test_a_case_has_times_ratios_errors_and_memory():
+    found = rows(SMALL)
+    assert found["pairloss", "seconds"] > 0
+    assert found["pairloss", "seconds / naive"] > 0
+    assert found["naive", "error"] < 1e-5
+    assert ("naive", "peak bytes") in found
+    assert ("products", "error") not in found
+
+
+def test_what_is_too_large_says_what_it_needs(capsys):
+    found = rows(SMALL, limit=5e4)
+    assert found["naive", "bytes needed"] == pytest.approx(16.6 * 64**2)
+    assert ("naive", "seconds") not in found
+    assert "no naive: would take about" in capsys.readouterr().err
+
+
+def test_a_wrong_gradient_of_ours_stops_a_case(monkeypatch):
+    wrong = cases.LOSSES["clip"]._replace(ours=lambda image, text, scale: 2 * cases.pairloss.clip(image, text, scale))
+    monkeypatch.setitem(cases.LOSSES, "clip", wrong)
+    with pytest.raises(AssertionError, match="pairloss differs from float64 by 1 of a norm"):
+        rows(SMALL)
+
+
+def test_another_library_that_fails_is_left_out(monkeypatch, capsys):
+    def fails(*_):
+        raise RuntimeError("no kernel")
+
+    others = cases.LOSSES["clip"].others | {"pml": cases.Counterpart(fails)}
+    monkeypatch.setitem(cases.LOSSES, "clip", cases.LOSSES["clip"]._replace(others=others))
+    monkeypatch.setitem(cases.PACKAGES, "pml", ("math", "math"))
+    found = rows(SMALL)
+    assert ("pml", "seconds") not in found
+    assert math.isfinite(found["naive", "seconds"])
+    assert "no pml: RuntimeError: no kernel" in capsys.readouterr().err
+
+
+def test_sets_of_inputs_take_turns():
+    case = cases.Case("snnl", 8, 4, torch.float32)
+    step = cases.step_of(case, "pairloss", [cases.inputs_of(case, "cpu", seed) for seed in range(2)])
+    first, second, third = (step().loss.item() for _ in range(3))
+    assert first == third != second
+
+
+@pytest.mark.parametrize("part", [part for part in gpu.PARTS if part not in ("build", "tests")])
+def test_commands_for_a_gpu_are_ones_that_run_takes(part):
+    commands = list(gpu.PARTS[part]())
+    assert commands
+    for _, script, *arguments in commands:
+        assert (ROOT / script).samefile(run.__file__)
+        taken = run.arguments_of(arguments)
+        assert taken.device == "cuda"
+        assert set(taken.providers) <= set(cases.PROVIDERS)
+
+
+def test_tests_for_a_gpu_need_no_other_packages():
+    """They are collected where nothing but torch, NumPy, pybind11 and pytest can be imported."""
+    pytest_command, *sanitizers = gpu.tests()
+    files = [argument for argument in pytest_command if argument.endswith(".py")]
+    assert {"test_matrix.py", "test_snnl.py"} <= {Path(file).name for file in files}
+    for command in sanitizers:
+        assert (ROOT / command[-1]).exists()
+    others = ("hypothesis", "typer", "rich", "sklearn", "scipy", "matplotlib", "lightning", "accelerate", "pytorch_metric_learning")
+    code = f"import sys\nfor name in {others}: sys.modules[name] = None\nimport pytest\nsys.exit(pytest.main(sys.argv[1:]))"
+    options = ["--collect-only", "-q", "-m", "engines and not slow"]
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run([sys.executable, "-c", code, *options, *files], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
