@@ -55,11 +55,12 @@ def peers() -> Iterator[Command]:
 
 
 def sweep() -> Iterator[Command]:
-    """Latency, eager and as CUDA graphs; growth; a size at which N x N would take terabytes."""
+    """Latency, eager and as CUDA graphs; growth; a size at which N x N would take terabytes; which tiles are the fastest."""
     losses = "snnl supcon circle nt_xent clip siglip"
     yield bench(losses, "256 1024 2048", "128", "bfloat16 float32", *between("products", "naive"), "--graph")
     yield bench("snnl", "4096 16384 65536", "64 256 1024", "bfloat16", *between("pairloss-cuda", "products", "naive"))
     yield bench("snnl", "1048576", "256", "bfloat16", *between(), "--rounds", "1")
+    yield ["env", "PAIRLOSS_AUTOTUNE=1", *bench("snnl clip siglip circle", "65536", "64 128 256 512", "bfloat16", *between("products"))]
 
 
 def profile() -> Iterator[Command]:

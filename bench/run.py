@@ -15,6 +15,7 @@ import argparse
 import csv
 import datetime
 import json
+import logging
 import platform
 import random
 import re
@@ -305,6 +306,7 @@ def arguments_of(command: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # what PAIRLOSS_AUTOTUNE=1 finds
     arguments = arguments_of()
     device = arguments.device
     losses = LOSSES if "all" in arguments.losses else arguments.losses

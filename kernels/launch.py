@@ -1,7 +1,8 @@
 """From a call to kernel launches: operands, the sums' reduction, grids. O(N D) PyTorch, no host synchronisation."""
 
 import contextlib
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -18,6 +19,7 @@ from .rows import scaled_rows_backward_kernel, scaled_rows_kernel
 from .tiles import Tile
 from .vectors import id_ranges_kernel, largest_kernel, scaled_weights_kernel, total_kernel, weight_ranges_kernel
 
+Result = TypeVar("Result")
 # As many as the forward kernel of row_stats has for x against itself.
 PROGRAMS = GROUPS * (GROUPS + 1) // 2
 # Weights of large D at a time: about an L2 cache, but at least one row of tiles (256 MiB at M = 1,048,576).
@@ -48,8 +50,11 @@ def row_stats_fwd(call: Call) -> Statistics:
         sums = [call.x.new_zeros(2, sets, size, dtype=call.dtype) for size in (n, m if call.both_sides else 0)]
         return sums[0][0].log(), sums[1][0].log(), sums[0], sums[1]
     x, y = _sides(call)
-    tile = tiles.choose(tiles.FORWARD, x.rows.shape[1], x.rows.dtype, x.rows.device)
-    assert tile is not None
+    return _on_tile(tiles.FORWARD, x, y, lambda tile: _row_stats_fwd(call, x, y, tile))
+
+
+def _row_stats_fwd(call: Call, x: _Side, y: _Side, tile: Tile) -> Statistics:
+    n, m, sets = call.x.shape[0], call.candidates.shape[0], call.num_sets
     # Groups of whole row tiles on both sides: x against itself has one diagonal.
     span_x, span_y = (triton.cdiv(triton.cdiv(rows, GROUPS), tile.block_m) for rows in (n, m))
     groups_x, groups_y = triton.cdiv(n, span_x * tile.block_m), triton.cdiv(m, span_y * tile.block_m)
@@ -77,6 +82,14 @@ def row_stats_fwd(call: Call) -> Statistics:
     return row_logs, col_logs, row_sums, col_sums
 
 
+def _on_tile(table: tuple[tiles.Row, ...], x: _Side, y: _Side, launch: Callable[[Tile], Result]) -> Result:
+    (n, d), m = x.rows.shape, len(y.rows)
+    kind = (launch.__qualname__, n.bit_length(), m.bit_length(), x.rows is y.rows, x.ids is None, x.bias is None)
+    tile = tiles.choose(table, d, x.rows.dtype, x.rows.device, kind, launch)
+    assert tile is not None
+    return launch(tile)
+
+
 def _total(sums: Sums) -> tuple[Tensor, Tensor]:
     """Over all groups, [2, K, n], and its logarithm."""
     groups, sets, n = sums.s.shape
@@ -91,14 +104,16 @@ def pair_sum_fwd(call: Call, over: str, term: str) -> Tensor:
     if n == 0 or m == 0:
         return call.x.new_zeros(n, dtype=call.dtype)
     x, y = _sides(call)
-    tile = tiles.choose(tiles.FORWARD, x.rows.shape[1], x.rows.dtype, x.rows.device)
-    assert tile is not None
     form = _Form(term, SETS.index(over))
+    return _on_tile(tiles.FORWARD, x, y, lambda tile: _pair_sum_fwd(call, form, x, y, tile))
+
+
+def _pair_sum_fwd(call: Call, form: _Form, x: _Side, y: _Side, tile: Tile) -> Tensor:
     arguments = _arguments(call, x, y, tile, call.self_offset)
     arguments |= _form_arguments(form, arguments)
     t_x, t_y = arguments["T_X"], arguments["T_Y"]
     groups = max(1, min(GROUPS, PROGRAMS // t_x, t_y))
-    sums = torch.empty(groups, n, dtype=torch.float32, device=x.rows.device)
+    sums = torch.empty(groups, len(x.rows), dtype=torch.float32, device=x.rows.device)
     arguments |= {"p_sums": sums, "SYMMETRIC": call.symmetric, "WHOLE_D": tile.block_d is None}
     _launch(pair_sum_fwd_kernel, (t_x, groups), tile, arguments)
     return sums.sum(0)
@@ -153,24 +168,28 @@ def _side_grads(
     if n == 0 or m == 0:
         return torch.zeros(n, call.x.shape[1], **float32) if need_rows else None, torch.zeros(n, **float32) if need_bias else None
 
-    tile = tiles.choose(tiles.BACKWARD, d, x.rows.dtype, x.rows.device)
-    if tile is not None:
-        dx = torch.empty(n, d, **float32)
-        dbias = torch.empty(n if need_bias else 0, **float32)
+    def whole(tile: Tile) -> tuple[Tensor, Tensor]:
+        dx, dbias = torch.empty(n, d, **float32), torch.empty(n if need_bias else 0, **float32)
         arguments = _weight_arguments(call, form, x, y, tile, self_offset, need_bias)
         arguments |= {"p_unscale": unscale, "p_dx": dx, "p_dbias": dbias}
         _launch(grads_kernel, (triton.cdiv(n, tile.block_m),), tile, arguments)
-    else:
-        dx, dbias = _side_grads_by_slabs(call, form, x, y, self_offset, need_bias)
+        return dx, dbias
+
+    def by_slabs(tile: Tile) -> tuple[Tensor, Tensor]:
+        dx, dbias = _side_grads_by_slabs(call, form, x, y, tile, self_offset, need_bias)
         dx *= unscale
         dbias *= unscale
+        return dx, dbias
+
+    fits = tiles.choose(tiles.BACKWARD, d, x.rows.dtype, x.rows.device) is not None
+    dx, dbias = _on_tile(tiles.BACKWARD, x, y, whole) if fits else _on_tile(tiles.WEIGHTS, x, y, by_slabs)
     return dx[:, : call.x.shape[1]].contiguous() if need_rows else None, dbias if need_bias else None
 
 
-def _side_grads_by_slabs(call: Call, form: _Form, x: _Side, y: _Side, self_offset: int | None, need_bias: bool) -> tuple[Tensor, Tensor]:
+def _side_grads_by_slabs(
+    call: Call, form: _Form, x: _Side, y: _Side, tile: Tile, self_offset: int | None, need_bias: bool
+) -> tuple[Tensor, Tensor]:
     (n, d), m = x.rows.shape, y.rows.shape[0]
-    tile = tiles.choose(tiles.WEIGHTS, d, x.rows.dtype, x.rows.device)
-    assert tile is not None
     t_y = triton.cdiv(m, tile.block_n)
     stride = triton.cdiv(m, ALIGN) * ALIGN
     slab_tiles = max(1, SLAB_BYTES // (stride * x.rows.itemsize * tile.block_m))

@@ -1,10 +1,22 @@
-"""The tile table: which tile, how many warps and pipeline stages serve rows of D columns. Checked by bench/aot.py."""
+"""The tile table: which tile, how many warps and pipeline stages serve rows of D columns. Checked by bench/aot.py.
 
-from typing import NamedTuple
+The first tile that serves is used. PAIRLOSS_AUTOTUNE=1 times those that serve at the first call of a kind (a table, D, a dtype, the
+sizes to a power of two) and takes the fastest, which may be another one, with other last bits, in the next process.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import torch
+import triton
 
 from .. import engines
+
+AUTOTUNE = os.environ.get("PAIRLOSS_AUTOTUNE") == "1"
+_logger = logging.getLogger(__name__)
+_fastest: dict[Hashable, "Tile"] = {}
 
 
 class Tile(NamedTuple):
@@ -90,14 +102,51 @@ def padded(d: int) -> int:
     return max(16, 1 << (d - 1).bit_length())
 
 
-def choose(table: tuple[Row, ...], d: int, dtype: torch.dtype, device: torch.device) -> Tile | None:
-    """The first tile of the table that serves d columns of the dtype and fits the device, with the override's size."""
+def choose(
+    table: tuple[Row, ...],
+    d: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    kind: Hashable = None,
+    launch: Callable[[Tile], Any] | None = None,
+) -> Tile | None:
+    """The first tile of the table that serves d columns of the dtype and fits the device, with the override's size.
+
+    With a launch, and what is alike in all launches of its kind: under PAIRLOSS_AUTOTUNE=1 the fastest of those that do.
+    """
     asked, allowed = override(), limits(device)
-    for row in table:
-        serves = d <= row.max_d and 8 * dtype.itemsize <= row.bits and allowed.architecture <= row.newest
-        if serves and operand_bytes(row.tile, d, dtype) <= allowed.shared_memory:
-            return row.tile if asked is None else row.tile._replace(block_m=asked, block_n=asked)
-    return None
+    serving = [
+        row.tile
+        for row in table
+        if d <= row.max_d
+        and 8 * dtype.itemsize <= row.bits
+        and allowed.architecture <= row.newest
+        and operand_bytes(row.tile, d, dtype) <= allowed.shared_memory
+    ]
+    if not serving:
+        return None
+    if asked is not None:
+        return serving[0]._replace(block_m=asked, block_n=asked)
+    if not AUTOTUNE or launch is None:
+        return serving[0]
+    key = (kind, padded(d), dtype, device)
+    if key not in _fastest and can_wait(device):
+        seconds = {tile: seconds_of(launch, tile) for tile in dict.fromkeys(serving)}
+        _fastest[key] = min(seconds, key=lambda tile: seconds[tile])
+        _logger.info("%s: %s", key, ", ".join(f"{tile} {1e3 * taken:.3g} ms" for tile, taken in seconds.items()))
+    return _fastest.get(key, serving[0])
+
+
+def can_wait(device: torch.device) -> bool:
+    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+
+
+def seconds_of(launch: Callable[[Tile], Any], tile: Tile) -> float:
+    """Infinite where the tile takes more than the device has."""
+    try:
+        return 1e-3 * triton.testing.do_bench(lambda: launch(tile), warmup=10, rep=50, return_mode="median")
+    except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
+        return float("inf")
 
 
 def operand_bytes(tile: Tile, d: int, dtype: torch.dtype) -> int:

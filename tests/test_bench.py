@@ -83,7 +83,8 @@ def test_sets_of_inputs_take_turns():
 def test_commands_for_a_gpu_are_ones_that_run_takes(part):
     commands = list(gpu.PARTS[part]())
     assert commands
-    for _, script, *arguments in commands:
+    for command in commands:
+        _, script, *arguments = command[command.index(sys.executable) :]
         assert (ROOT / script).samefile(run.__file__)
         taken = run.arguments_of(arguments)
         assert taken.device == "cuda"

@@ -264,3 +264,51 @@ def test_launches_of_a_step(engine, form, operations, kernels):
     with mock.patch.object(launch, "_launch", side_effect=written) as launched:
         assert count_operations(engine, form) <= operations
     assert launched.call_count <= kernels
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="host code, tested without the interpreter")
+def test_autotune_takes_the_fastest_tile_and_looks_once(monkeypatch):
+    from pairloss.kernels import launch
+    from pairloss.kernels import tiles as table
+
+    given = torch.empty(100, 128, dtype=torch.bfloat16)
+    x = launch._Side(given, None, None)
+    serving = [row.tile for row in table.FORWARD if row.max_d >= 128 and row.newest >= 80]
+    seconds, looked = dict.fromkeys(serving, 2.0) | {serving[-1]: 1.0, serving[0]: float("inf")}, []
+
+    def seconds_of(_, tile):
+        looked.append(tile)
+        return seconds[tile]
+
+    def chosen(rows=x):
+        return launch._on_tile(table.FORWARD, rows, rows, lambda tile: tile)
+
+    monkeypatch.setattr(table, "_fastest", {})
+    monkeypatch.setattr(table, "seconds_of", seconds_of)
+    monkeypatch.setattr(table, "can_wait", lambda device: True)
+    assert chosen() == serving[0]
+    assert not looked
+    monkeypatch.setattr(table, "AUTOTUNE", True)
+    assert chosen() == chosen() == serving[-1]
+    assert looked == serving
+    assert chosen(x._replace(rows=given[:70])) == serving[-1]  # sizes of one kind
+    assert looked == serving
+    with tiles(16):
+        assert chosen().block_m == 16
+    monkeypatch.setattr(table, "can_wait", lambda device: False)  # as while a CUDA graph is captured
+    assert chosen() == serving[-1]
+    assert chosen(x._replace(rows=given.repeat(9, 1))) == serving[0]
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="host code, tested without the interpreter")
+def test_a_tile_that_does_not_fit_is_never_the_fastest(monkeypatch):
+    import triton
+    from pairloss.kernels import tiles as table
+
+    def launch(tile):
+        raise triton.runtime.errors.OutOfResources(1, 0, "shared memory")
+
+    monkeypatch.setattr(triton.testing, "do_bench", lambda run, **_: run())
+    assert table.seconds_of(launch, table.FORWARD[0].tile) == float("inf")
