@@ -1,4 +1,8 @@
-"""Draws time and memory against N from the newest rows of bench/results/cpu.csv into docs/growth.png: python bench/plot.py."""
+"""Draws time, memory, and time over that of the products, against N from the newest rows of bench/results/cpu.csv into docs/growth.png.
+
+python bench/plot.py
+python bench/plot.py --results bench/results/cuda.csv --dtype bfloat16 --columns 512 --out growth.png
+"""
 
 import argparse
 from collections.abc import Iterator
@@ -15,12 +19,16 @@ PROVIDERS = {
     "naive": ("dense PyTorch (naive)", "#d55e00", "s"),
     "pml": ("pytorch-metric-learning", "#009e73", "^"),
 }
-QUANTITIES = {"seconds": ("time, forward + backward (ms)", 1e-3), "peak bytes": ("peak memory above inputs (MB)", 1e6)}
+QUANTITIES = {
+    "seconds": ("time, forward + backward (ms)", 1e-3),
+    "peak bytes": ("peak memory above inputs (MB)", 1e6),
+    "seconds / products": ("time / the three products alone", 1),
+}
 
 
 def draw(found: Found, losses: list[str]) -> Figure:
-    figure = Figure(figsize=(3.6 * len(losses), 6.4), layout="constrained", facecolor="white")
-    grid = figure.subplots(2, len(losses), sharex=True, sharey="row", squeeze=False)
+    figure = Figure(figsize=(3.6 * len(losses), 9.0), layout="constrained", facecolor="white")
+    grid = figure.subplots(len(QUANTITIES), len(losses), sharex=True, sharey="row", squeeze=False)
     for row, (quantity, (label, unit)) in zip(grid, QUANTITIES.items(), strict=True):
         for axes, loss in zip(row, losses, strict=True):
             for provider, n, values in curves(found, loss, quantity):
@@ -30,7 +38,9 @@ def draw(found: Found, losses: list[str]) -> Figure:
         row[0].set_ylabel(label)
     for axes, loss in zip(grid[0], losses, strict=True):
         axes.set_title(loss, fontsize=12)
-    for axes in grid[1]:
+    for axes in grid[-1]:
+        axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        axes.axhline(1, color="#666666", linewidth=0.8)
         axes.set_xlabel("N, rows compared with each other")
     handles = {name: handle for axes in grid[0] for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), frameon=False, fontsize=11)
@@ -64,12 +74,14 @@ def style(axes: Axes, sizes: list[int]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--losses", nargs="+", default=["snnl", "supcon", "circle"])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=ROOT / "docs/growth.png")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--columns", type=int, default=128, help="D")
     arguments = parser.parse_args()
-    draw(newest(arguments.results), arguments.losses).savefig(arguments.out, dpi=120)
+    draw(newest(arguments.results, arguments.dtype, arguments.columns), arguments.losses).savefig(arguments.out, dpi=120)
 
 
 if __name__ == "__main__":

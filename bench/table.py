@@ -1,4 +1,9 @@
-"""Writes the README's tables of memory and time from the newest rows of bench/results/cpu.csv: python bench/table.py."""
+"""Writes the README's tables of memory and time from the newest rows of bench/results/cpu.csv: python bench/table.py.
+
+With --cases it prints every case of a file instead, beside all that it was compared with:
+
+    python bench/table.py --cases --results bench/results/cuda.csv --dtype bfloat16
+"""
 
 import argparse
 import csv
@@ -13,12 +18,35 @@ ROWS = 8192
 Found = dict[tuple[str, str, int, str], float]
 
 
-def newest(path: Path) -> Found:
-    """Medians of float32, D = 128, on the machine measured last, by loss, provider, N and quantity."""
-    with path.open(newline="") as file:
-        everything = list(csv.DictReader(file))
-    rows = [row for row in everything if (row["machine"], row["dtype"], row["d"]) == (everything[-1]["machine"], "float32", "128")]
+def newest(path: Path, dtype: str = "float32", d: int = 128) -> Found:
+    """Medians on the machine measured last, by loss, provider, N and quantity."""
+    rows = [row for row in last_machine(path) if (row["dtype"], int(row["d"])) == (dtype, d)]
     return {(row["loss"], row["provider"], int(row["n"]), row["quantity"]): float(row["p50"]) for row in rows}
+
+
+def last_machine(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if row["machine"] == rows[-1]["machine"]]
+
+
+def cases(path: Path, dtype: str) -> str:
+    """All cases, and what each provider takes and gets wrong."""
+    rows = [row for row in last_machine(path) if row["dtype"] == dtype]
+    by_d = {d: newest(path, dtype, d) for d in sorted({int(row["d"]) for row in rows})}
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    measured = [(loss, n, d) for d, found in by_d.items() for loss, by, n, what in found if (by, what) == ("pairloss", "seconds")]
+    table = []
+    for loss, n, d in sorted(measured):
+        found = by_d[d]
+        times = cells(found, loss, n, tuple(providers), ())
+        times = ["over memory" if (loss, by, n, "bytes needed") in found else time for by, time in zip(providers, times, strict=True)]
+        wanted = [("pairloss", "seconds / products"), ("pairloss", "error"), ("naive", "error")]
+        more = [found.get((loss, by, n, quantity)) for by, quantity in wanted]
+        numbers = ["-" if value is None else f"{value:.2g}" for value in more]
+        table.append([f"`{loss}`", f"{n:,}", f"{d:,}", *times, *cells(found, loss, n, (), ("pairloss",)), *numbers])
+    head = ("loss", "N", "D", *(f"{by}, ms" for by in providers), "pairloss, MB", "of the products", "error", "naive's")
+    return lines(head, table)
 
 
 def cells(found: Found, loss: str, n: int, times: tuple[str, ...], peaks: tuple[str, ...]) -> list[str]:
@@ -47,11 +75,16 @@ def tables(path: Path = RESULTS, n: int = ROWS) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--rows", type=int, default=ROWS, help="N of the table of losses")
     parser.add_argument("--into", type=Path, default=ROOT / "README.md", help="the page with the tables")
+    parser.add_argument("--cases", action="store_true", help="print every case")
+    parser.add_argument("--dtype", default="float32", help="of --cases")
     arguments = parser.parse_args()
+    if arguments.cases:
+        print(cases(arguments.results, arguments.dtype))
+        return
     page = arguments.into.read_text()
     for name, table in tables(arguments.results, arguments.rows).items():
         before, rest = page.split(BEGIN.format(name))

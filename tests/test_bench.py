@@ -104,3 +104,23 @@ def test_tests_for_a_gpu_need_no_other_packages():
     environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run([sys.executable, "-c", code, *options, *files], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_the_table_of_cases(tmp_path, monkeypatch):
+    """Of the machine measured last, with what was too large marked."""
+    import table
+
+    written = tmp_path / "rows.csv"
+    with written.open("w", newline="") as file:
+        writer = table.csv.writer(file)
+        writer.writerow(run.COLUMNS)
+        for machine, case, limit in (("before", SMALL, 1e9), ("now", SMALL, 1e9), ("now", SMALL._replace(n=128), 1e5)):
+            monkeypatch.setattr(run, "machine", lambda device, name=machine: name)
+            writer.writerows(run.rows_of(case, "cpu", {"pairloss", "naive"}, 2, limit, False))
+    head, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.cases(written, "float32").splitlines())
+    small, large = (dict(zip(head, line, strict=True)) for line in lines)
+    assert (small["N"], large["N"]) == ("64", "128")
+    assert float(small["pairloss, ms"]) > 0
+    assert float(small["naive, ms"]) > 0
+    assert float(small["error"]) < 1e-5
+    assert large["naive, ms"] == "over memory"
