@@ -1,21 +1,29 @@
 """Compiles the shipped Triton kernels for GPUs that need not be there, and shows what their machine code costs.
 
     python bench/aot.py [--arch 80 90 100] [--dtype bf16 fp16 fp32] [--dim 64 128 256 512]
+    python bench/aot.py --sweep [--arch 90] [--dtype bf16] [--dim 128] [--kernel grads]
 
 One line per variant: registers and shared memory, spills (local memory loads and stores, in all and inside loops), matrix
 instructions and MUFU (the exponentials). The launchers themselves are run, on CPU tensors, with the launch replaced: a
 variant has the types and the alignment that a real call gives it. TRITON_INTERPRET must be unset.
+
+--sweep compiles other tiles in place of the shipped one, marked *, and ranks them by an estimate: the clocks that a
+multiprocessor's busiest unit needs for 1,000 pairs of tiles without special pairs (RATES). That is a lower bound, reached only
+where other warps fill every wait; "in turn" is what is left of it where nothing runs beside the products. Tiles that spill in a
+loop come last.
 """
 
 import argparse
+import itertools
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -35,6 +43,34 @@ MODES = ("all", "ids", "ids, any tau", "ids, bias", "two sets", "both sides", "c
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 # The matrix instruction of the architecture: mma, wgmma, tcgen05.
 MATRIX = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA", 120: "HMMA"}
+
+
+class Rates(NamedTuple):
+    """What a multiprocessor does in a clock. Lanes are those of the table of arithmetic throughput in the CUDA C++ Programming Guide."""
+
+    matrix: int  # FLOP on dense bfloat16, from the data sheets: TFLOP/s / multiprocessors / boost clock
+    rows: int  # of one matrix instruction of a program; 0: its operands come by way of registers, and so by loads that are counted
+    fma: int  # lanes: float32 add, multiply, fused multiply-add
+    alu: int  # lanes: compare, minimum, integer add, logic, conversions
+    mufu: int  # lanes: exp2 and the like
+    shared: int  # bytes of shared memory: 32 banks of 4
+    l2: float  # bytes: 5,120 for all of A100 (its white paper), and assumed of the others, where nothing is published
+
+
+ISSUE = 4  # warp instructions a clock: a scheduler in each quarter of a multiprocessor (architecture white papers)
+RATES = {
+    80: Rates(2048, 0, 64, 64, 16, 128, 5120 / 108),  # A100: 312 / 108 / 1.41 GHz
+    90: Rates(4096, 64, 128, 64, 16, 128, 5120 / 132),  # H100 SXM: 989 / 132 / 1.83 GHz
+    100: Rates(8192, 128, 128, 64, 16, 128, 5120 / 148),  # B200: 2,250 / 148 / 1.85 GHz; mufu and shared as in FlashAttention-4
+}
+ALU = "FMNMX3?|FSETP?|FSEL|ISETP|SEL|IADD3?|IMNMX|VIADD|VIADDMNMX|VIMNMX3?|LEA|LOP3|PLOP3|SHF|PRMT|F2FP|MOV"
+TABLES = {"row_stats_fwd": "FORWARD", "grads": "BACKWARD", "weights": "WEIGHTS"}
+SWEPT = ("ids, bias", "ids")  # the hardest first: a tile that spills there isn't compiled for the others
+# Numbers that a thread of a swept tile may hold: of the tile, and with the gradient, which Blackwell keeps in a memory of its own.
+# Below, warps have little to do between barriers; above, all tiles spill.
+PAIRS_A_THREAD = range(16, 65)
+SUMS_A_THREAD = 160
+
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 
 
@@ -58,6 +94,101 @@ class Report:
     matrix: int
     loop_matrix: int
     mufu: int
+    programs: int  # that a multiprocessor can hold at a time
+    code: "Code" = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Code:
+    instructions: list[str]
+    after: list[list[int]]  # the instructions that may follow each
+
+    @classmethod
+    def of(cls, sass: str) -> "Code":
+        instructions: list[str] = []
+        labels: dict[str, int] = {}
+        for line in sass.splitlines():
+            if match := re.match(r"(\.L_x_\d+):", line):
+                labels[match[1]] = len(instructions)
+            elif match := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;", line):
+                instructions.append(match[1])
+        after = []
+        for number, line in enumerate(instructions):
+            branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+            leaves = re.match(r"BRA `|EXIT|RET", line) is not None  # without a condition
+            following = [] if leaves or number + 1 == len(instructions) else [number + 1]
+            after.append(following + ([labels[branch[1]]] if branch else []))
+        return cls(instructions, after)
+
+    def opcodes(self, where: Iterable[int]) -> list[str]:
+        """Without the predicate before and the operands behind."""
+        return [re.sub(r"^@\S+\s+", "", self.instructions[number]).split()[0] for number in where]
+
+    def in_loops(self) -> set[int]:
+        """Instructions that a branch back can run again."""
+        before: list[list[int]] = [[] for _ in self.after]
+        for number, targets in enumerate(self.after):
+            for target in targets:
+                before[target].append(number)
+        inside: set[int] = set()
+        for end, targets in enumerate(self.after):
+            for begin in targets:
+                if begin <= end:
+                    inside |= _reached(begin, self.after) & _reached(end, before)
+        return inside
+
+    def shortest(self, start: int, ends: set[int]) -> list[int]:
+        """The fewest instructions from start, inclusive, to one of ends, exclusive; none if there is no way."""
+        came_from: dict[int, int] = {}
+        queue = deque([start])
+        while queue:
+            number = queue.popleft()
+            for target in self.after[number]:
+                if target in ends:
+                    way = [number]
+                    while way[-1] != start:
+                        way.append(came_from[way[-1]])
+                    return way[::-1]
+                if target not in came_from:
+                    came_from[target] = number
+                    queue.append(target)
+        return []
+
+    def without(self, loop: list[int]) -> "Code":
+        """Without the branch by which this way around a loop goes back."""
+        back = {(number, target) for number, target in zip(loop, loop[1:] + loop[:1], strict=True) if target <= number}
+        after = [[target for target in targets if (number, target) not in back] for number, targets in enumerate(self.after)]
+        return Code(self.instructions, after)
+
+
+def _reached(start: int, following: list[list[int]]) -> set[int]:
+    seen, waiting = {start}, [start]
+    while waiting:
+        new = set(following[waiting.pop()]) - seen
+        seen |= new
+        waiting.extend(new)
+    return seen
+
+
+@dataclass(frozen=True)
+class Candidate:
+    tile: tiles.Tile
+    reports: dict[str, Report]  # by mode
+    clocks: dict[str, dict[str, float]]  # of what doesn't spill: by mode, see clocks
+
+    @property
+    def spills(self) -> int:
+        return max(seen.loop_spills for seen in self.reports.values())
+
+    @property
+    def warps(self) -> int:
+        """Resident on a multiprocessor."""
+        return self.tile.num_warps * min(seen.programs for seen in self.reports.values())
+
+    @property
+    def rank(self) -> tuple[bool, float, int]:
+        estimate = sum(max(busy.values()) for busy in self.clocks.values())
+        return self.spills > 0, round(estimate), -self.warps
 
 
 def launches(arch: int, dtype: torch.dtype, d: int, modes: Iterable[str]) -> Iterator[Launch]:
@@ -105,11 +236,12 @@ def _recorded(arch: int) -> Iterator[list[tuple[Any, dict[str, Any], dict[str, A
     def record_launch(kernel: Any, grid: tuple[int, ...], tile: tiles.Tile, arguments: dict[str, Any]) -> None:
         record.append((kernel, arguments, host.launch_options(tile), tile))
 
-    with (
-        mock.patch.object(host, "_launch", record_launch),
-        mock.patch.object(tiles, "limits", return_value=tiles.Limits(arch, SHARED_MEMORY[arch] - tiles.RESERVED)),
-    ):
+    with mock.patch.object(host, "_launch", record_launch), mock.patch.object(tiles, "limits", return_value=_limits(arch)):
         yield record
+
+
+def _limits(arch: int) -> tiles.Limits:
+    return tiles.Limits(arch, SHARED_MEMORY[arch] - tiles.RESERVED)
 
 
 def compiled(launch: Launch, arch: int) -> CompiledKernel:
@@ -139,24 +271,21 @@ def report(kernel: CompiledKernel, arch: int) -> Report:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", cubin.name)
-        sass = _tool("nvdisasm", cubin.name)
-    registers = re.search(r"REG:(\d+)", usage)
-    assert registers is not None
-    lines = sass.splitlines()
-    in_loop = _loop_lines(lines)
-
-    def count(instruction: str, where: Iterable[int]) -> int:
-        return sum(re.search(rf"\b{instruction}\b", lines[number]) is not None for number in where)
-
-    everywhere = range(len(lines))
+        code = Code.of(_tool("nvdisasm", "--print-code", cubin.name))
+    match = re.search(r"REG:(\d+)", usage)
+    assert match is not None
+    registers, meta = int(match[1]), kernel.metadata
+    everywhere, in_loops = code.opcodes(range(len(code.instructions))), code.opcodes(code.in_loops())
     return Report(
-        registers=int(registers[1]),
-        shared=kernel.metadata.shared,
-        spills=count("(LDL|STL)", everywhere),
-        loop_spills=count("(LDL|STL)", in_loop),
-        matrix=count(MATRIX[arch], everywhere),
-        loop_matrix=count(MATRIX[arch], in_loop),
-        mufu=count("MUFU", everywhere),
+        registers=registers,
+        shared=meta.shared,
+        spills=_count("LDL|STL", everywhere),
+        loop_spills=_count("LDL|STL", in_loops),
+        matrix=_count(MATRIX[arch], everywhere),
+        loop_matrix=_count(MATRIX[arch], in_loops),
+        mufu=_count("MUFU", everywhere),
+        programs=_programs(registers, meta.num_warps, meta.shared, meta.tmem_size, arch),
+        code=code,
     )
 
 
@@ -164,16 +293,137 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([os.path.join(TOOLS, name), *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _loop_lines(sass: list[str]) -> set[int]:
-    """Lines that a branch back to an earlier label runs again."""
-    labels = {match[1]: number for number, line in enumerate(sass) if (match := re.match(r"(\.L_x_\d+):", line))}
-    inside: set[int] = set()
-    for number, line in enumerate(sass):
-        match = re.search(r"\bBRA\b.*?`\((\.L_x_\d+)\)", line)
-        begin = labels.get(match[1], number) if match else number
-        if begin < number - 1:  # a branch to itself is the end of the code
-            inside.update(range(begin, number))
-    return inside
+def _count(instruction: str, opcodes: Iterable[str]) -> int:
+    return sum(re.fullmatch(instruction, opcode.split(".")[0]) is not None for opcode in opcodes)
+
+
+def _programs(registers: int, warps: int, shared: int, tensor_memory: int, arch: int) -> int:
+    """Limits from the same table as SHARED_MEMORY. A warp's registers come by 256, a program takes 1 KiB of shared memory besides."""
+    of_warps = (64 if arch in (80, 90, 100) else 48) // warps
+    of_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
+    of_shared = (SHARED_MEMORY[arch] + 1024) // (shared + 1024)
+    return min(of_warps, of_registers, of_shared, 512 // tensor_memory if tensor_memory else of_warps)
+
+
+def executed(launch: Launch, seen: Report, arch: int) -> list[int]:
+    """The instructions of a warp for a tile without special pairs: the shortest way through its products and on to the next tile."""
+    code = seen.code
+    in_loops = sorted(code.in_loops())
+    product = MATRIX[arch] if seen.matrix else "FFMA2?"
+    products = [number for number, opcode in zip(in_loops, code.opcodes(in_loops), strict=True) if _count(product, [opcode])]
+    way = min(filter(None, (code.shortest(number, {number}) for number in products)), key=len)
+    if launch.tile.block_d is None:
+        return way
+    # That was a step of a product. Around it are the loop over tiles, or a program for each tile.
+    first, outside = way[0], code.without(way)
+    ends = {number for number, line in enumerate(code.instructions) if line == "EXIT"}
+    tile = outside.shortest(first, {first}) or outside.shortest(0, {first}) + outside.shortest(first, ends)
+    return tile + way * (_steps(launch) - 1)
+
+
+def _steps(launch: Launch) -> int:
+    return -(-launch.arguments["D"] // launch.arguments["BLOCK_D"])
+
+
+def clocks(launch: Launch, seen: Report, arch: int) -> dict[str, float]:
+    """That each unit of a multiprocessor is busy for 1,000 pairs of tiles without special pairs."""
+    rates, tile, way = RATES[arch], launch.tile, executed(launch, seen, arch)
+    opcodes = seen.code.opcodes(way)
+    d, size = _steps(launch) * launch.arguments["BLOCK_D"], launch.arguments["p_x"].element_size()
+    pairs = tile.block_m * tile.block_n
+    products = 2 if launch.kernel.__name__ == "grads_kernel" else 1
+
+    # tcgen05 computes 128 rows in any case, and reads its columns again for every 128.
+    blocks = -(-tile.block_m // 128) if arch == 100 else tile.block_m / 128
+    matrix = 2 * products * d * tile.block_n * 128 * blocks if seen.matrix else 0.0
+    loaded = d * size * (tile.block_n if tile.block_d is None else tile.block_m + tile.block_n)
+    stored = pairs * size if "p_slab" in launch.arguments else 0
+    read = 0.0  # from shared memory by matrix instructions; sm_80 loads registers first
+    if arch == 100:  # the rows of the second product, weights, are in tensor memory
+        read = d * size * (tile.block_m + products * tile.block_n * blocks)
+    for line in (seen.code.instructions[number] for number in way):
+        # wgmma, of four warps: 32 bytes of each column, and of 64 rows unless those are in registers
+        if match := re.search(r"HGMMA\.64x(\d+)x\S+ R\d+, (gdesc)?", line):
+            read += tile.num_warps / 4 * 32 * (int(match[1]) + (64 if match[2] else 0))
+    # 128 bytes an access, or more where the lanes' words differ for certain; neighbours often load the same
+    widths = [opcode.split(".")[-1] for opcode in opcodes if _count("LDSM|STSM?", [opcode])]
+    accesses = sum({"64": 2, "128": 4, "2": 2, "4": 4}.get(width, 1) for width in widths) + _count("LDS|SHFL", opcodes)
+
+    threads = 32 * tile.num_warps
+    multiply_add = _count("FADD|FMUL|FFMA", opcodes) + 2 * _count("FADD2|FMUL2|FFMA2", opcodes)
+    busy = {
+        "matrix": matrix * size / 2 / rates.matrix,
+        "mufu": threads * _count("MUFU", opcodes) / rates.mufu,
+        "fma": threads * (multiply_add / rates.fma + _count("IMAD", opcodes) / rates.alu),
+        "alu": threads * _count(ALU, opcodes) / rates.alu,
+        "issue": tile.num_warps * len(way) / ISSUE,
+        "shared": (4 * threads * accesses + read + loaded) / rates.shared,
+        "l2": (loaded + stored) / rates.l2,
+    }
+    return {unit: 1000 * value / pairs for unit, value in busy.items()}
+
+
+def sweep(arch: int, dtype: torch.dtype, d: int, kernel: str, modes: Iterable[str], asked: Iterable[tiles.Tile]) -> list[Candidate]:
+    """The tiles asked for, best first, without those that don't fit. More stages of what spills with fewer are left out."""
+    candidates: list[Candidate] = []
+    for tile in sorted(asked, key=lambda tile: tile.num_stages):
+        if any(other.tile._replace(num_stages=tile.num_stages) == tile and other.spills for other in candidates):
+            continue
+        candidate = Candidate(tile, {}, {})
+        for mode in modes:
+            with mock.patch.object(tiles, TABLES[kernel], (tiles.Row(tiles.ANY, 32, tiles.ANY, tile, ""),)):
+                launch = next(v for v in launches(arch, dtype, d, [mode]) if v.kernel.__name__ == f"{kernel}_kernel")
+            seen = candidate.reports[mode] = report(compiled(launch, arch), arch)
+            if seen.loop_spills or not seen.programs:
+                break
+            candidate.clocks[mode] = clocks(launch, seen, arch)
+        if candidate.warps:
+            candidates.append(candidate)
+    return sorted(candidates, key=lambda candidate: candidate.rank)
+
+
+def shipped(arch: int, dtype: torch.dtype, d: int, kernel: str) -> tiles.Tile | None:
+    with mock.patch.object(tiles, "limits", return_value=_limits(arch)):
+        backward, tile = (tiles.choose(table, d, dtype, torch.device("cpu")) for table in (tiles.BACKWARD, getattr(tiles, TABLES[kernel])))
+    return None if kernel == "weights" and backward else tile
+
+
+def grid(arch: int, dtype: torch.dtype, d: int, kernel: str, tile: tiles.Tile) -> list[tiles.Tile]:
+    """The tile and others like it."""
+    result = {tile}
+    depths = (2, 3) if tile.block_d is None else (2, 3, 4)  # without steps of a product 4 stages are compiled as 3 are
+    for m, n, warps, stages in itertools.product((64, 128, 256), (32, 64, 128), (4, 8), depths):
+        other = tiles.Tile(m, n, tile.block_d, warps, stages)
+        sums = m * n + (m * tiles.padded(d) if kernel == "grads" and arch < 100 else 0)
+        if (
+            m * n // (32 * warps) in PAIRS_A_THREAD
+            and sums // (32 * warps) <= SUMS_A_THREAD
+            and (kernel != "row_stats_fwd" or m % n == 0)
+            and tiles.operand_bytes(other, d, dtype) <= _limits(arch).shared_memory
+        ):
+            result.add(other)
+    return sorted(result)
+
+
+def print_sweep(arch: int, name: str, d: int, kernel: str, modes: Sequence[str]) -> None:
+    dtype = DTYPES[name]
+    tile = shipped(arch, dtype, d, kernel)
+    if tile is None:
+        return
+    columns = "  ".join(f"{mode:>13} bound  in turn" for mode in modes)
+    print(
+        f"{kernel}, sm_{arch}, {name}, D = {d}\n           tile warps stages  regs  shared  spills  warps resident  {columns}", flush=True
+    )
+    for candidate in sweep(arch, dtype, d, kernel, modes, grid(arch, dtype, d, kernel, tile)):
+        m, n, block_d, warps, stages = candidate.tile
+        registers, shared = (max(getattr(seen, of) for seen in candidate.reports.values()) for of in ("registers", "shared"))
+        line = f"{'*' if candidate.tile == tile else ' '} {f'{m}x{n}x{block_d}':>13} {warps:5} {stages:6} {registers:5} {shared:7}"
+        line += f" {candidate.spills:7} {candidate.warps:15}"
+        for busy in candidate.clocks.values():
+            bound = max(busy, key=lambda unit: busy[unit])
+            beside = max(value for unit, value in busy.items() if unit != "matrix")
+            line += f"  {busy[bound]:13.1f} {bound:6} {busy['matrix'] + beside:7.1f}"
+        print(line, flush=True)
 
 
 def main() -> None:
@@ -181,26 +431,33 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_MEMORY))
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--dim", type=int, nargs="+", default=list(DIMS))
-    parser.add_argument("--mode", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--mode", nargs="+", choices=MODES, help="all; of a sweep: " + " and ".join(SWEPT))
     parser.add_argument("--kernel", default="", help="only kernels with this in their name")
+    parser.add_argument("--sweep", action="store_true", help="rank other tiles")
     options = parser.parse_args()
+    if options.sweep and not set(options.arch) <= set(RATES):
+        parser.error(f"a sweep knows the rates of {sorted(RATES)}")
+    cases = itertools.product(options.arch, options.dtype, options.dim)
+    if options.sweep:
+        for arch, name, d in cases:
+            for kernel in TABLES:
+                if options.kernel in kernel:
+                    print_sweep(arch, name, d, kernel, options.mode or SWEPT)
+        return
     print(f"{'kernel':26} {'mode':13} sm  dtype    D  {'tile':>13} warps stages  regs  shared  spills in loops  matrix  MUFU")
-    for arch in options.arch:
-        for name in options.dtype:
-            for d in options.dim:
-                for launch in launches(arch, DTYPES[name], d, options.mode):
-                    kernel = launch.kernel.__name__.removesuffix("_kernel")
-                    if options.kernel not in kernel:
-                        continue
-                    tile = launch.tile
-                    shape = f"{tile.block_m}x{tile.block_n}x{launch.arguments.get('BLOCK_D')}"
-                    head = f"{kernel:26} {launch.mode:13} {arch:3} {name} {d:5} {shape:>13} {tile.num_warps:5} {tile.num_stages:6}"
-                    result = report(compiled(launch, arch), arch)
-                    print(
-                        f"{head} {result.registers:5} {result.shared:7} {result.spills:7} {result.loop_spills:8} "
-                        f"{result.matrix:7} {result.mufu:5}",
-                        flush=True,
-                    )
+    for arch, name, d in cases:
+        for launch in launches(arch, DTYPES[name], d, options.mode or MODES):
+            kernel = launch.kernel.__name__.removesuffix("_kernel")
+            if options.kernel not in kernel:
+                continue
+            tile = launch.tile
+            shape = f"{tile.block_m}x{tile.block_n}x{launch.arguments.get('BLOCK_D')}"
+            head = f"{kernel:26} {launch.mode:13} {arch:3} {name} {d:5} {shape:>13} {tile.num_warps:5} {tile.num_stages:6}"
+            result = report(compiled(launch, arch), arch)
+            print(
+                f"{head} {result.registers:5} {result.shared:7} {result.spills:7} {result.loop_spills:8} {result.matrix:7} {result.mufu:5}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
