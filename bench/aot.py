@@ -49,7 +49,6 @@ class Rates(NamedTuple):
     """What a multiprocessor does in a clock. Lanes are those of the table of arithmetic throughput in the CUDA C++ Programming Guide."""
 
     matrix: int  # FLOP on dense bfloat16, from the data sheets: TFLOP/s / multiprocessors / boost clock
-    rows: int  # of one matrix instruction of a program; 0: its operands come by way of registers, and so by loads that are counted
     fma: int  # lanes: float32 add, multiply, fused multiply-add
     alu: int  # lanes: compare, minimum, integer add, logic, conversions
     mufu: int  # lanes: exp2 and the like
@@ -59,9 +58,9 @@ class Rates(NamedTuple):
 
 ISSUE = 4  # warp instructions a clock: a scheduler in each quarter of a multiprocessor (architecture white papers)
 RATES = {
-    80: Rates(2048, 0, 64, 64, 16, 128, 5120 / 108),  # A100: 312 / 108 / 1.41 GHz
-    90: Rates(4096, 64, 128, 64, 16, 128, 5120 / 132),  # H100 SXM: 989 / 132 / 1.83 GHz
-    100: Rates(8192, 128, 128, 64, 16, 128, 5120 / 148),  # B200: 2,250 / 148 / 1.85 GHz; mufu and shared as in FlashAttention-4
+    80: Rates(2048, 64, 64, 16, 128, 5120 / 108),  # A100: 312 / 108 / 1.41 GHz
+    90: Rates(4096, 128, 64, 16, 128, 5120 / 132),  # H100 SXM: 989 / 132 / 1.83 GHz
+    100: Rates(8192, 128, 64, 16, 128, 5120 / 148),  # B200: 2,250 / 148 / 1.85 GHz; mufu and shared as in FlashAttention-4
 }
 ALU = "FMNMX3?|FSETP?|FSEL|ISETP|SEL|IADD3?|IMNMX|VIADD|VIADDMNMX|VIMNMX3?|LEA|LOP3|PLOP3|SHF|PRMT|F2FP|MOV"
 TABLES = {"row_stats_fwd": "FORWARD", "grads": "BACKWARD", "weights": "WEIGHTS"}
@@ -124,18 +123,14 @@ class Code:
         """Without the predicate before and the operands behind."""
         return [re.sub(r"^@\S+\s+", "", self.instructions[number]).split()[0] for number in where]
 
-    def in_loops(self) -> set[int]:
-        """Instructions that a branch back can run again."""
+    def loops(self) -> list[set[int]]:
+        """What each branch back can run again."""
         before: list[list[int]] = [[] for _ in self.after]
         for number, targets in enumerate(self.after):
             for target in targets:
                 before[target].append(number)
-        inside: set[int] = set()
-        for end, targets in enumerate(self.after):
-            for begin in targets:
-                if begin <= end:
-                    inside |= _reached(begin, self.after) & _reached(end, before)
-        return inside
+        back = [(begin, end) for end, targets in enumerate(self.after) for begin in targets if begin <= end]
+        return [_reached(begin, self.after) & _reached(end, before, begin) for begin, end in back]
 
     def shortest(self, start: int, ends: set[int]) -> list[int]:
         """The fewest instructions from start, inclusive, to one of ends, exclusive; none if there is no way."""
@@ -161,10 +156,12 @@ class Code:
         return Code(self.instructions, after)
 
 
-def _reached(start: int, following: list[list[int]]) -> set[int]:
+def _reached(start: int, following: list[list[int]], last: int | None = None) -> set[int]:
+    """From start, inclusive, and not past `last`."""
     seen, waiting = {start}, [start]
     while waiting:
-        new = set(following[waiting.pop()]) - seen
+        number = waiting.pop()
+        new = set() if number == last else set(following[number]) - seen
         seen |= new
         waiting.extend(new)
     return seen
@@ -174,11 +171,8 @@ def _reached(start: int, following: list[list[int]]) -> set[int]:
 class Candidate:
     tile: tiles.Tile
     reports: dict[str, Report]  # by mode
+    spills: dict[str, int]  # that every tile runs into
     clocks: dict[str, dict[str, float]]  # of what doesn't spill: by mode, see clocks
-
-    @property
-    def spills(self) -> int:
-        return max(seen.loop_spills for seen in self.reports.values())
 
     @property
     def warps(self) -> int:
@@ -188,7 +182,7 @@ class Candidate:
     @property
     def rank(self) -> tuple[bool, float, int]:
         estimate = sum(max(busy.values()) for busy in self.clocks.values())
-        return self.spills > 0, round(estimate), -self.warps
+        return any(self.spills.values()), round(estimate), -self.warps
 
 
 def launches(arch: int, dtype: torch.dtype, d: int, modes: Iterable[str]) -> Iterator[Launch]:
@@ -275,7 +269,7 @@ def report(kernel: CompiledKernel, arch: int) -> Report:
     match = re.search(r"REG:(\d+)", usage)
     assert match is not None
     registers, meta = int(match[1]), kernel.metadata
-    everywhere, in_loops = code.opcodes(range(len(code.instructions))), code.opcodes(code.in_loops())
+    everywhere, in_loops = code.opcodes(range(len(code.instructions))), code.opcodes(set().union(*code.loops()))
     return Report(
         registers=registers,
         shared=meta.shared,
@@ -308,10 +302,10 @@ def _programs(registers: int, warps: int, shared: int, tensor_memory: int, arch:
 def executed(launch: Launch, seen: Report, arch: int) -> list[int]:
     """The instructions of a warp for a tile without special pairs: the shortest way through its products and on to the next tile."""
     code = seen.code
-    in_loops = sorted(code.in_loops())
     product = MATRIX[arch] if seen.matrix else "FFMA2?"
-    products = [number for number, opcode in zip(in_loops, code.opcodes(in_loops), strict=True) if _count(product, [opcode])]
-    way = min(filter(None, (code.shortest(number, {number}) for number in products)), key=len)
+    products = {number for number, opcode in enumerate(code.opcodes(range(len(code.after)))) if _count(product, [opcode])}
+    innermost = min((loop for loop in code.loops() if loop & products), key=len)
+    way = min(filter(None, (code.shortest(number, {number}) for number in innermost & products)), key=len)
     if launch.tile.block_d is None:
         return way
     # That was a step of a product. Around it are the loop over tiles, or a program for each tile.
@@ -366,15 +360,17 @@ def clocks(launch: Launch, seen: Report, arch: int) -> dict[str, float]:
 def sweep(arch: int, dtype: torch.dtype, d: int, kernel: str, modes: Iterable[str], asked: Iterable[tiles.Tile]) -> list[Candidate]:
     """The tiles asked for, best first, without those that don't fit. More stages of what spills with fewer are left out."""
     candidates: list[Candidate] = []
-    for tile in sorted(asked, key=lambda tile: tile.num_stages):
-        if any(other.tile._replace(num_stages=tile.num_stages) == tile and other.spills for other in candidates):
+    for tile in sorted(asked, key=lambda tile: (tile.num_stages, str(tile))):
+        if any(other.tile._replace(num_stages=tile.num_stages) == tile and any(other.spills.values()) for other in candidates):
             continue
-        candidate = Candidate(tile, {}, {})
+        candidate = Candidate(tile, {}, {}, {})
         for mode in modes:
             with mock.patch.object(tiles, TABLES[kernel], (tiles.Row(tiles.ANY, 32, tiles.ANY, tile, ""),)):
                 launch = next(v for v in launches(arch, dtype, d, [mode]) if v.kernel.__name__ == f"{kernel}_kernel")
             seen = candidate.reports[mode] = report(compiled(launch, arch), arch)
-            if seen.loop_spills or not seen.programs:
+            # Programs that write weights are done with a tile when they end.
+            candidate.spills[mode] = seen.spills if kernel == "weights" else seen.loop_spills
+            if candidate.spills[mode] or not seen.programs:
                 break
             candidate.clocks[mode] = clocks(launch, seen, arch)
         if candidate.warps:
@@ -391,18 +387,19 @@ def shipped(arch: int, dtype: torch.dtype, d: int, kernel: str) -> tiles.Tile | 
 def grid(arch: int, dtype: torch.dtype, d: int, kernel: str, tile: tiles.Tile) -> list[tiles.Tile]:
     """The tile and others like it."""
     result = {tile}
-    depths = (2, 3) if tile.block_d is None else (2, 3, 4)  # without steps of a product 4 stages are compiled as 3 are
-    for m, n, warps, stages in itertools.product((64, 128, 256), (32, 64, 128), (4, 8), depths):
-        other = tiles.Tile(m, n, tile.block_d, warps, stages)
+    steps = {tile.block_d, None if kernel == "row_stats_fwd" else tile.block_d}
+    for m, n, step, warps, stages in itertools.product((64, 128, 256), (32, 64, 128), steps, (4, 8), (2, 3, 4)):
+        other = tiles.Tile(m, n, step, warps, stages)
         sums = m * n + (m * tiles.padded(d) if kernel == "grads" and arch < 100 else 0)
         if (
             m * n // (32 * warps) in PAIRS_A_THREAD
             and sums // (32 * warps) <= SUMS_A_THREAD
             and (kernel != "row_stats_fwd" or m % n == 0)
+            and (step is not None or stages < 4)  # 4 stages are compiled as 3 are
             and tiles.operand_bytes(other, d, dtype) <= _limits(arch).shared_memory
         ):
             result.add(other)
-    return sorted(result)
+    return list(result)
 
 
 def print_sweep(arch: int, name: str, d: int, kernel: str, modes: Sequence[str]) -> None:
@@ -418,7 +415,7 @@ def print_sweep(arch: int, name: str, d: int, kernel: str, modes: Sequence[str])
         m, n, block_d, warps, stages = candidate.tile
         registers, shared = (max(getattr(seen, of) for seen in candidate.reports.values()) for of in ("registers", "shared"))
         line = f"{'*' if candidate.tile == tile else ' '} {f'{m}x{n}x{block_d}':>13} {warps:5} {stages:6} {registers:5} {shared:7}"
-        line += f" {candidate.spills:7} {candidate.warps:15}"
+        line += f" {max(candidate.spills.values()):7} {candidate.warps:15}"
         for busy in candidate.clocks.values():
             bound = max(busy, key=lambda unit: busy[unit])
             beside = max(value for unit, value in busy.items() if unit != "matrix")

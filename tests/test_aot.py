@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,19 @@ def test_loops_are_found():
     """Or the test above would pass whatever spills: the products of the backward pass are in its loop over tiles."""
     seen = report("grads", "ids, bias", 80, 128)
     assert seen.loop_matrix == seen.matrix
+
+
+@pytest.mark.parametrize(("kernel", "d", "products"), [("row_stats_fwd", 512, 1), ("grads", 128, 2)])
+def test_sweep_counts_what_a_tile_executes(kernel, d, products):
+    """A product in steps, in a loop within the loop over tiles, and both products of the backward pass."""
+    tile = aot.shipped(80, torch.bfloat16, d, kernel)
+    (candidate,) = aot.sweep(80, torch.bfloat16, d, kernel, ["ids"], [tile])
+    seen, busy = candidate.reports["ids"], candidate.clocks["ids"]
+    launch = next(v for v in aot.launches(80, torch.bfloat16, d, ["ids"]) if v.kernel.__name__ == f"{kernel}_kernel")
+    executed = seen.code.opcodes(aot.executed(launch, seen, 80))
+    flop = 2 * 16 * 8 * 16  # of mma.m16n8k16
+    assert executed.count("HMMA.16816.F32.BF16") * flop * tile.num_warps == 2 * products * tile.block_m * tile.block_n * d
+    assert busy["matrix"] == pytest.approx(1000 * 2 * products * d / 2048)
+    # One exponential a pair, and those of rows and columns: all branches together have four times as many.
+    assert 1 <= busy["mufu"] / (1000 / 16) < 1.5
+    assert replace(candidate, spills={"ids": 1}).rank > candidate.rank
