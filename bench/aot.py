@@ -187,7 +187,7 @@ class Candidate:
 
 def launches(arch: int, dtype: torch.dtype, d: int, modes: Iterable[str]) -> Iterator[Launch]:
     """Every kernel that the modes run for rows of d columns."""
-    n = 512
+    n = 2048  # as many as are put in label order
     x, y, ids = torch.zeros(n, d), torch.zeros(n, d), torch.zeros(n, dtype=torch.int64)
     everything = Call(x, None, None, None, None, 0, None, None, dtype, logit_bound=20.0)
     calls = {

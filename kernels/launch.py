@@ -5,12 +5,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import triton
 from torch import Tensor
 
-from .. import operands
+from .. import engines, operands
 from ..engines import Call, Statistics
-from ..operands import ENTRIES, GROUPS, NO_SHIFT, SETS, Sums, norm_beside, visits
+from ..operands import ENTRIES, GROUPS, NO_SHIFT, SETS, Sums, cdiv, norm_beside, visits
 from . import tiles
 from .backward import grads_kernel, weights_kernel
 from .pair_sum import pair_sum_fwd_kernel
@@ -28,13 +27,40 @@ SLAB_BYTES = 64 << 20
 ALIGN = 16
 
 
-class _Side(NamedTuple):
+class _Side:
     """One side of the comparison, as the kernels take it."""
 
-    rows: Tensor  # [n, D] in the product dtype, D padded
-    ids: Tensor | None  # [n] int32
-    bias: Tensor | None  # [n]
-    weights: Tensor | None = None  # g, scaled, and m [2, K, n], or of a pair sum g alone [n]; None: this side has none
+    def __init__(self, rows: Tensor, ids: Tensor | None, bias: Tensor | None, weights: Tensor | None = None) -> None:
+        self.rows = rows  # [n, D] in the product dtype, D padded
+        self.ids = ids  # [n]
+        self.bias = bias  # [n]
+        self.weights = weights  # g, scaled, and m [2, K, n], or of a pair sum g alone [n]; None: this side has none
+        self._ranges: dict[tuple[str, Tile], tuple[Tensor, Tensor]] = {}
+
+    def id_ranges(self, tile: Tile) -> tuple[Tensor | None, Tensor | None]:
+        """[2, T]: the least and the greatest id of every block_m rows, and of every block_n."""
+        if self.ids is None:
+            return None, None
+        large, small = self._in_tiles(id_ranges_kernel, tile, self.ids, 1, {"p_ids": self.ids})
+        return large[:, 0], small[:, 0]
+
+    def log_sum_ranges(self, tile: Tile) -> tuple[Tensor | None, Tensor | None]:
+        """[2, K, T]: the same of the weights' m."""
+        if self.weights is None:
+            return None, None
+        sets = self.weights.shape[1]
+        return self._in_tiles(weight_ranges_kernel, tile, self.weights, sets, {"p_weights": self.weights, "SETS": sets})
+
+    def _in_tiles(self, kernel: Any, tile: Tile, like: Tensor, sets: int, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        key = kernel.__name__, tile
+        if key not in self._ranges:
+            n = len(self.rows)
+            large, small = (like.new_empty(2, sets, cdiv(n, block)) for block in (tile.block_m, tile.block_n))
+            arguments |= {"p_large": large, "p_small": small, "N": n, "T": large.shape[2], "T_SMALL": small.shape[2]}
+            arguments |= {"LARGE": tile.block_m, "SMALL": tile.block_n}
+            _launch(kernel, (large.shape[2], sets), tiles.of_entries(tile.block_m), arguments)
+            self._ranges[key] = large, small
+        return self._ranges[key]
 
 
 class _Form(NamedTuple):
@@ -56,8 +82,8 @@ def row_stats_fwd(call: Call) -> Statistics:
 def _row_stats_fwd(call: Call, x: _Side, y: _Side, tile: Tile) -> Statistics:
     n, m, sets = call.x.shape[0], call.candidates.shape[0], call.num_sets
     # Groups of whole row tiles on both sides: x against itself has one diagonal.
-    span_x, span_y = (triton.cdiv(triton.cdiv(rows, GROUPS), tile.block_m) for rows in (n, m))
-    groups_x, groups_y = triton.cdiv(n, span_x * tile.block_m), triton.cdiv(m, span_y * tile.block_m)
+    span_x, span_y = (cdiv(cdiv(rows, GROUPS), tile.block_m) for rows in (n, m))
+    groups_x, groups_y = cdiv(n, span_x * tile.block_m), cdiv(m, span_y * tile.block_m)
     bounded = call.logit_bound <= NO_SHIFT
 
     float32 = torch.empty(0, dtype=torch.float32, device=x.rows.device)
@@ -146,9 +172,7 @@ def _scaled_weights(call: Call, sides: list[tuple[Tensor | None, Tensor]]) -> tu
 def _grads(call: Call, form: _Form, sides: list[tuple[Tensor | None, Tensor]], needs: list[bool]) -> list[Tensor | None]:
     (row_weights, *others), unscale = _scaled_weights(call, sides)
     col_weights = others[0] if others else None
-    x, y = _sides(call)
-    x = x._replace(weights=row_weights)
-    y = x if call.symmetric else y._replace(weights=col_weights)
+    x, y = _sides(call, row_weights, col_weights)
     to_x, to_y, _, to_row_bias, to_col_bias = needs
     dx, drow_bias = _side_grads(call, form, x, y, call.self_offset, to_x, to_row_bias, unscale)
     to_y, to_col_bias = (not call.symmetric and need for need in (to_y, to_col_bias))
@@ -172,7 +196,7 @@ def _side_grads(
         dx, dbias = torch.empty(n, d, **float32), torch.empty(n if need_bias else 0, **float32)
         arguments = _weight_arguments(call, form, x, y, tile, self_offset, need_bias)
         arguments |= {"p_unscale": unscale, "p_dx": dx, "p_dbias": dbias}
-        _launch(grads_kernel, (triton.cdiv(n, tile.block_m),), tile, arguments)
+        _launch(grads_kernel, (cdiv(n, tile.block_m),), tile, arguments)
         return dx, dbias
 
     def by_slabs(tile: Tile) -> tuple[Tensor, Tensor]:
@@ -190,8 +214,8 @@ def _side_grads_by_slabs(
     call: Call, form: _Form, x: _Side, y: _Side, tile: Tile, self_offset: int | None, need_bias: bool
 ) -> tuple[Tensor, Tensor]:
     (n, d), m = x.rows.shape, y.rows.shape[0]
-    t_y = triton.cdiv(m, tile.block_n)
-    stride = triton.cdiv(m, ALIGN) * ALIGN
+    t_y = cdiv(m, tile.block_n)
+    stride = cdiv(m, ALIGN) * ALIGN
     slab_tiles = max(1, SLAB_BYTES // (stride * x.rows.itemsize * tile.block_m))
     slab = x.rows.new_empty(min(slab_tiles * tile.block_m, n), stride)
     dx = torch.empty(n, d, dtype=torch.float32, device=x.rows.device)
@@ -201,7 +225,7 @@ def _side_grads_by_slabs(
     arguments |= {"p_slab": slab, "p_dbias": dbias_slab, "stride_slab": stride, "stride_dbias": len(slab)}
     for begin in range(0, n, len(slab)):
         part = min(len(slab), n - begin)
-        span = triton.cdiv(part, tile.block_m)
+        span = cdiv(part, tile.block_m)
         _launch(weights_kernel, (span * t_y,), tile, arguments | {"i_first": begin // tile.block_m, "span_x": span})
         dx[begin : begin + part] = _product(slab[:part, :m], y.rows)
         if need_bias:
@@ -235,16 +259,24 @@ def _launch_over_rows(kernel: Any, rows: Tensor, norm: Tensor, order: Tensor | N
     tile = tiles.of_rows(d)
     arguments |= {"p_x": rows.contiguous(), "p_norm": norm_beside(rows, norm), "p_order": order, "HAS_ORDER": order is not None}
     arguments |= {"N": n, "D": d, "BLOCK_N": tile.block_m, "BLOCK_D": tile.block_d}
-    _launch(kernel, (triton.cdiv(n, tile.block_m),), tile, arguments)
+    _launch(kernel, (cdiv(n, tile.block_m),), tile, arguments)
 
 
-def _sides(call: Call) -> tuple[_Side, _Side]:
-    ids_x, ids_y = operands.ranks(call)
-    x = _Side(_operand(call.x, call), ids_x, _bias(call.row_bias, call.col_bias, call.x))
+def _sides(call: Call, row_weights: Tensor | None = None, col_weights: Tensor | None = None) -> tuple[_Side, _Side]:
+    ids_x, ids_y = _ids(call)
+    x = _Side(_operand(call.x, call), ids_x, _bias(call.row_bias, call.col_bias, call.x), row_weights)
     if call.symmetric:
         return x, x
     assert call.y is not None
-    return x, _Side(_operand(call.y, call), ids_y, _bias(call.col_bias, call.row_bias, call.y))
+    return x, _Side(_operand(call.y, call), ids_y, _bias(call.col_bias, call.row_bias, call.y), col_weights)
+
+
+def _ids(call: Call) -> tuple[Tensor | None, Tensor | None]:
+    """Of few rows as they are: ranking them, which takes a sort, would take longer than to compare int64."""
+    if call.ids_ascend or engines.label_order_pays(call):
+        return operands.ranks(call)
+    ids_x, ids_y = (None if ids is None else ids.contiguous() for ids in (call.ids_x, call.ids_y))
+    return ids_x, ids_y
 
 
 def _operand(rows: Tensor, call: Call) -> Tensor:
@@ -262,22 +294,21 @@ def _arguments(call: Call, x: _Side, y: _Side, tile: Tile, self_offset: int | No
     """What all kernels take."""
     d = x.rows.shape[1]
     block_d = tiles.padded(d) if tile.block_d is None else tile.block_d
-    range_x = _id_ranges(x, tile.block_m)
-    same = y.ids is x.ids and tile.block_n == tile.block_m
+    (range_x, _), (_, range_y) = x.id_ranges(tile), y.id_ranges(tile)
     return {
         "p_x": x.rows,
         "p_y": y.rows,
         "p_ids_x": x.ids,
         "p_ids_y": y.ids,
         "p_range_x": range_x,
-        "p_range_y": range_x if same else _id_ranges(y, tile.block_n),
+        "p_range_y": range_y,
         "p_bias_x": x.bias,
         "p_bias_y": y.bias,
         "N": x.rows.shape[0],
         "M": y.rows.shape[0],
         "D": d,
-        "T_X": triton.cdiv(x.rows.shape[0], tile.block_m),
-        "T_Y": triton.cdiv(y.rows.shape[0], tile.block_n),
+        "T_X": cdiv(x.rows.shape[0], tile.block_m),
+        "T_Y": cdiv(y.rows.shape[0], tile.block_n),
         "self_offset": self_offset or 0,
         "SETS": call.num_sets,
         "HAS_SELF": self_offset is not None,
@@ -319,41 +350,19 @@ def _form_arguments(form: _Form, arguments: dict[str, Any]) -> dict[str, Any]:
 def _weight_arguments(call: Call, form: _Form, x: _Side, y: _Side, tile: Tile, self_offset: int | None, bias_grad: bool) -> dict[str, Any]:
     """What the kernels of the backward pass take: x is the side whose gradients are wanted."""
     arguments = _arguments(call, x, y, tile, self_offset) | _score_arguments(call)
-    log_sums = form.term == "exp"
+    log_sums_x = log_sums_y = None
+    if form.term == "exp":
+        (log_sums_x, _), (_, log_sums_y) = x.log_sum_ranges(tile), y.log_sum_ranges(tile)
     return arguments | {
         **_form_arguments(form, arguments),
         "p_weights_x": x.weights,
         "p_weights_y": y.weights,
-        "p_log_sums_x": _log_sum_ranges(x, tile.block_m) if log_sums else None,
-        "p_log_sums_y": _log_sum_ranges(y, tile.block_n) if log_sums else None,
+        "p_log_sums_x": log_sums_x,
+        "p_log_sums_y": log_sums_y,
         "ROLE_X": x.weights is not None,
         "ROLE_Y": y.weights is not None,
         "BIAS_GRAD": bias_grad,
     }
-
-
-def _id_ranges(side: _Side, block: int) -> Tensor | None:
-    """[2, T]: the least and the greatest id of every tile."""
-    if side.ids is None:
-        return None
-    n = len(side.ids)
-    tile, t = tiles.of_entries(block), triton.cdiv(n, block)
-    ranges = side.ids.new_empty(2, t)
-    _launch(id_ranges_kernel, (t,), tile, {"p_ids": side.ids, "p_range": ranges, "N": n, "T": t, "BLOCK": block})
-    return ranges
-
-
-def _log_sum_ranges(side: _Side, block: int) -> Tensor | None:
-    """[2, K, T]: the least and the greatest m of every tile's weights."""
-    if side.weights is None:
-        return None
-    _, sets, n = side.weights.shape
-    tile, t = tiles.of_entries(block), triton.cdiv(n, block)
-    ranges = side.weights.new_empty(2, sets, t)
-    _launch(
-        weight_ranges_kernel, (t, sets), tile, {"p_weights": side.weights, "p_range": ranges, "N": n, "T": t, "SETS": sets, "BLOCK": block}
-    )
-    return ranges
 
 
 def launch_options(tile: Tile) -> dict[str, Any]:
@@ -363,11 +372,12 @@ def launch_options(tile: Tile) -> dict[str, Any]:
 
 def _launch_over_entries(kernel: Any, size: int, arguments: dict[str, Any]) -> None:
     if size:
-        grid = (triton.cdiv(size, ENTRIES),)
+        grid = (cdiv(size, ENTRIES),)
         _launch(kernel, grid, tiles.of_entries(ENTRIES), arguments | {"size": size, "BLOCK": ENTRIES})
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: dict[str, Any]) -> None:
     device = next(v.device for v in arguments.values() if isinstance(v, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
         kernel[grid](**arguments, **launch_options(tile))

@@ -1,7 +1,7 @@
 """The tile table: which tile, how many warps and pipeline stages serve rows of D columns. Checked by bench/aot.py.
 
-The first tile that serves is used. PAIRLOSS_AUTOTUNE=1 times those that serve at the first call of a kind (a table, D, a dtype, the
-sizes to a power of two) and takes the fastest, which may be another one, with other last bits, in the next process.
+PAIRLOSS_AUTOTUNE=1 times a row's tile and its others at the first call of a kind (D, a dtype, the sizes to a power of two) and takes
+the fastest, which may be another one, with other last bits, in the next process.
 """
 
 import logging
@@ -35,6 +35,7 @@ class Row(NamedTuple):
     newest: float  # architecture, as 10 * major + minor
     tile: Tile
     why: str
+    others: tuple[Tile, ...] = ()  # near it or better by the estimate of bench/aot.py --sweep, on one of its architectures
 
 
 class Limits(NamedTuple):
@@ -50,24 +51,68 @@ RESERVED = 8 << 10
 
 # The first row that fits serves. block_m is a multiple of block_n: x against itself visits blocks of block_m rows.
 FORWARD = (
-    Row(256, 16, 90, Tile(128, 64, None, 8, 2), "128 x 128 spills where a maximum is tracked, 3 stages on sm_80, all on sm_100"),
-    Row(ANY, 16, 90, Tile(128, 64, 64, 8, 3), "any D: a plain blocked product"),
-    Row(ANY, 16, ANY, Tile(64, 64, 64, 8, 3), "128 x 64 spills on sm_100 where a maximum is tracked"),
-    Row(ANY, 32, ANY, Tile(64, 32, 32, 4, 3), "ieee products run on the plain cores: small tiles, short unrolled loops"),
+    Row(
+        *(256, 16, 90, Tile(128, 64, None, 8, 2)),
+        "128 x 128 spills where a maximum is tracked, 3 stages on sm_80, all on sm_100",
+        (Tile(128, 32, None, 4, 2), Tile(256, 32, None, 8, 2), Tile(128, 64, None, 4, 3), Tile(256, 64, None, 8, 2)),
+    ),
+    Row(
+        *(ANY, 16, 90, Tile(128, 64, 64, 8, 3)),
+        "any D: a plain blocked product",
+        (Tile(128, 64, 64, 8, 4), Tile(64, 64, None, 4, 2), Tile(128, 32, None, 8, 2)),
+    ),
+    Row(
+        *(ANY, 16, ANY, Tile(64, 64, 64, 8, 3)),
+        "128 x 64 spills on sm_100 where a maximum is tracked",
+        (Tile(128, 64, 64, 8, 2), Tile(128, 32, None, 8, 2), Tile(64, 64, None, 8, 2)),
+    ),
+    Row(
+        *(ANY, 32, ANY, Tile(64, 32, 32, 4, 3)),
+        "ieee products run on the plain cores: small tiles, short unrolled loops",
+        (Tile(64, 64, 32, 4, 3), Tile(128, 32, 32, 4, 3), Tile(128, 64, 32, 8, 3)),
+    ),
 )
 # The gradient of block_m rows stays in registers.
 BACKWARD = (
-    Row(64, 16, 89, Tile(128, 32, None, 8, 3), "128 x 64 with biases: an extra layout of the tile, which spills, here and below"),
-    Row(128, 16, 89, Tile(64, 64, None, 4, 3), "128 x 64 with biases spills 440 times in the loop"),
-    Row(256, 16, 89, Tile(64, 32, None, 4, 2), "128 x 32 with biases spills 200 times in the loop"),
-    Row(128, 16, 90, Tile(128, 64, None, 8, 2), "128 x 128 spills; 3 stages do with a circle's slopes; this on sm_100"),
-    Row(256, 16, ANY, Tile(128, 32, None, 8, 2), "the gradient's 128 registers a thread leave room for 32 columns"),
+    Row(
+        *(64, 16, 89, Tile(128, 32, None, 8, 3)),
+        "128 x 64 with biases: an extra layout of the tile, which spills, here and below",
+        (Tile(128, 32, None, 4, 2), Tile(128, 64, None, 8, 2)),
+    ),
+    Row(
+        *(128, 16, 89, Tile(64, 64, None, 4, 3)),
+        "128 x 64 with biases spills 440 times in the loop",
+        (Tile(64, 64, None, 4, 2), Tile(128, 32, None, 8, 2)),
+    ),
+    Row(
+        *(256, 16, 89, Tile(64, 32, None, 4, 2)),
+        "128 x 32 with biases spills 200 times in the loop",
+        (Tile(64, 32, None, 4, 3), Tile(64, 64, None, 8, 2)),
+    ),
+    Row(
+        *(128, 16, 90, Tile(128, 64, None, 8, 2)),
+        "128 x 128 spills; 3 stages do with a circle's slopes; this on sm_100",
+        (Tile(64, 64, None, 4, 2), Tile(128, 32, None, 8, 2), Tile(256, 32, None, 8, 2), Tile(128, 64, None, 8, 3)),
+    ),
+    Row(
+        *(256, 16, ANY, Tile(128, 32, None, 8, 2)),
+        "the gradient's 128 registers a thread leave room for 32 columns",
+        (Tile(64, 32, None, 4, 2), Tile(64, 64, None, 8, 2), Tile(128, 32, None, 4, 2), Tile(256, 32, None, 8, 2)),
+    ),
     Row(64, 32, ANY, Tile(64, 32, None, 8, 2), "4 warps spill; wider rows go through the slab, to the library's float32 product"),
 )
 # Larger D: weights into a slab, the library's product finishes.
 WEIGHTS = (
-    Row(ANY, 16, ANY, Tile(128, 64, 64, 8, 3), "128 x 128 spills"),
-    Row(ANY, 32, ANY, Tile(64, 64, 32, 4, 2), "small for the plain cores, as in FORWARD"),
+    Row(
+        *(ANY, 16, ANY, Tile(128, 64, 64, 8, 3)),
+        "128 x 128 spills",
+        (Tile(128, 64, 64, 8, 4), Tile(128, 64, 64, 4, 3), Tile(128, 64, 64, 8, 2), Tile(128, 128, 64, 8, 2), Tile(256, 64, 64, 8, 2)),
+    ),
+    Row(
+        *(ANY, 32, ANY, Tile(64, 64, 32, 4, 2)),
+        "small for the plain cores, as in FORWARD",
+        (Tile(64, 64, 32, 4, 3), Tile(128, 32, 32, 4, 2), Tile(128, 64, 32, 8, 2)),
+    ),
 )
 
 
@@ -112,29 +157,26 @@ def choose(
 ) -> Tile | None:
     """The first tile of the table that serves d columns of the dtype and fits the device, with the override's size.
 
-    With a launch, and what is alike in all launches of its kind: under PAIRLOSS_AUTOTUNE=1 the fastest of those that do.
+    With a launch, and what is alike in all launches of its kind: under PAIRLOSS_AUTOTUNE=1 the fastest of its row.
     """
     asked, allowed = override(), limits(device)
-    serving = [
-        row.tile
-        for row in table
-        if d <= row.max_d
-        and 8 * dtype.itemsize <= row.bits
-        and allowed.architecture <= row.newest
-        and operand_bytes(row.tile, d, dtype) <= allowed.shared_memory
-    ]
-    if not serving:
-        return None
-    if asked is not None:
-        return serving[0]._replace(block_m=asked, block_n=asked)
-    if not AUTOTUNE or launch is None:
-        return serving[0]
-    key = (kind, padded(d), dtype, device)
-    if key not in _fastest and can_wait(device):
-        seconds = {tile: seconds_of(launch, tile) for tile in dict.fromkeys(serving)}
-        _fastest[key] = min(seconds, key=lambda tile: seconds[tile])
-        _logger.info("%s: %s", key, ", ".join(f"{tile} {1e3 * taken:.3g} ms" for tile, taken in seconds.items()))
-    return _fastest.get(key, serving[0])
+
+    def fits(tile: Tile) -> bool:
+        return operand_bytes(tile, d, dtype) <= allowed.shared_memory
+
+    for row in table:
+        if d <= row.max_d and 8 * dtype.itemsize <= row.bits and allowed.architecture <= row.newest and fits(row.tile):
+            if asked is not None:
+                return row.tile._replace(block_m=asked, block_n=asked)
+            if not AUTOTUNE or launch is None:
+                return row.tile
+            key = (kind, padded(d), dtype, device)
+            if key not in _fastest and can_wait(device):
+                seconds = {tile: seconds_of(launch, tile) for tile in (row.tile, *filter(fits, row.others))}
+                _fastest[key] = min(seconds, key=lambda tile: seconds[tile])
+                _logger.info("%s: %s", key, ", ".join(f"{tile} {1e3 * taken:.3g} ms" for tile, taken in seconds.items()))
+            return _fastest.get(key, row.tile)
+    return None
 
 
 def can_wait(device: torch.device) -> bool:

@@ -14,7 +14,6 @@ from ._math import LOWEST
 
 LOG_HELD = tl.constexpr(2.0**22)  # up to which float32 holds a logarithm to a quarter
 LEAST, MOST = tl.constexpr(2.0**-100), tl.constexpr(3e38)
-LARGEST_ID = tl.constexpr(2**31 - 1)
 EXPONENT, BIAS = tl.constexpr(23), tl.constexpr(127)  # of a float32: where it stands, and what stands there for 1
 
 
@@ -96,23 +95,33 @@ def scaled_weights_kernel(
         tl.store(p_unscale, power_of_two(-e))
 
 
-@triton.jit(do_not_specialize=["N", "T"])
-def id_ranges_kernel(p_ids, p_range, N, T, BLOCK: tl.constexpr):
-    """Program t: the least id of tile t into row 0, the greatest into row 1."""
+@triton.jit
+def store_ranges(low, high, p_large, p_small, t, k, T, T_SMALL, SETS: tl.constexpr, LARGE: tl.constexpr, SMALL: tl.constexpr):
+    """Of tile t in row k of [2, SETS, T], and of the small ones in it likewise."""
+    tl.store(p_large + k * T + t, tl.min(low, 0))
+    tl.store(p_large + (SETS + k) * T + t, tl.max(high, 0))
+    o = t * (LARGE // SMALL) + tl.arange(0, LARGE // SMALL)
+    m_tiles = o < T_SMALL
+    tl.store(p_small + k * T_SMALL + o, tl.min(tl.reshape(low, [LARGE // SMALL, SMALL]), 1), m_tiles)
+    tl.store(p_small + (SETS + k) * T_SMALL + o, tl.max(tl.reshape(high, [LARGE // SMALL, SMALL]), 1), m_tiles)
+
+
+@triton.jit(do_not_specialize=["N", "T", "T_SMALL"])
+def id_ranges_kernel(p_ids, p_large, p_small, N, T, T_SMALL, LARGE: tl.constexpr, SMALL: tl.constexpr):
+    """Program t: the least and the greatest id of tile t."""
     t = tl.program_id(0)
-    o = t * BLOCK + tl.arange(0, BLOCK)
-    ids = tl.load(p_ids + o, o < N, other=0)
-    tl.store(p_range + t, tl.min(tl.where(o < N, ids, LARGEST_ID), 0))
-    tl.store(p_range + T + t, tl.max(tl.where(o < N, ids, -LARGEST_ID), 0))
+    ids = tl.load(p_ids + tl.minimum(t * LARGE + tl.arange(0, LARGE), N - 1))  # the last row again changes no range
+    store_ranges(ids, ids, p_large, p_small, t, 0, T, T_SMALL, 1, LARGE, SMALL)
 
 
-@triton.jit(do_not_specialize=["N", "T"])
-def weight_ranges_kernel(p_weights, p_range, N, T, SETS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["N", "T", "T_SMALL"])
+def weight_ranges_kernel(p_weights, p_large, p_small, N, T, T_SMALL, SETS: tl.constexpr, LARGE: tl.constexpr, SMALL: tl.constexpr):
     """Program (t, k): the same of m; inf and -inf where all weights are 0."""
     t = tl.program_id(0)
     k = tl.program_id(1)
-    o = t * BLOCK + tl.arange(0, BLOCK)
-    g = tl.load(p_weights + k * N + o, o < N, other=0.0)
-    m = tl.load(p_weights + (SETS + k) * N + o, o < N, other=0.0)
-    tl.store(p_range + k * T + t, tl.min(tl.where(g == 0, float("inf"), m), 0))
-    tl.store(p_range + (SETS + k) * T + t, tl.max(tl.where(g == 0, float("-inf"), m), 0))
+    o = tl.minimum(t * LARGE + tl.arange(0, LARGE), N - 1)
+    g = tl.load(p_weights + k * N + o)
+    m = tl.load(p_weights + (SETS + k) * N + o)
+    low = tl.where(g == 0, float("inf"), m)
+    high = tl.where(g == 0, float("-inf"), m)
+    store_ranges(low, high, p_large, p_small, t, k, T, T_SMALL, SETS, LARGE, SMALL)

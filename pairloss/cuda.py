@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import engines, operands, selection
 from .engines import Call, Statistics, SumsAndGrads
-from .operands import GROUPS, NO_SHIFT, SETS, Sums
+from .operands import GROUPS, NO_SHIFT, SETS, Sums, cdiv
 
 _cuda: Any
 _missing: str | None = None
@@ -83,8 +83,8 @@ def row_stats_fwd(call: Call) -> Statistics:
         return sums[0][0].log(), sums[1][0].log(), sums[0], sums[1]
     bounded = call.logit_bound <= NO_SHIFT
     # Groups of whole row tiles on both sides: x against itself has one diagonal.
-    span_x, span_y = (_tiles(_tiles(rows, GROUPS), tile.rows) for rows in (n, m))
-    groups_x, groups_y = _tiles(n, span_x * tile.rows), _tiles(m, span_y * tile.rows)
+    span_x, span_y = (cdiv(cdiv(rows, GROUPS), tile.rows) for rows in (n, m))
+    groups_x, groups_y = cdiv(n, span_x * tile.rows), cdiv(m, span_y * tile.rows)
     like = call.x.new_empty(0, dtype=call.dtype)
     rows = Sums(like, groups_y, sets, n, bounded)
     cols = rows if call.symmetric else Sums(like, groups_x, sets, m if call.both_sides else 0, bounded)
@@ -198,8 +198,8 @@ def _side_grads(
 
     if n == 0 or m == 0:
         return new(torch.zeros, need_rows, n, width), new(torch.zeros, need_bias, n), new(torch.zeros, need_sums, n)
-    blocks = _tiles(n, tile.rows) * max(1, _tiles(d, tile.gradient))
-    parts = max(1, min(BLOCKS // blocks, MOST_PARTS, _tiles(m, tile.cols)))
+    blocks = cdiv(n, tile.rows) * max(1, cdiv(d, tile.gradient))
+    parts = max(1, min(BLOCKS // blocks, MOST_PARTS, cdiv(m, tile.cols)))
     dx = new(torch.empty, need_rows or form.term == "exp", parts, n, d)  # exponentials have no kernel for the bias's gradient alone
     dbias, sums = new(torch.empty, need_bias, parts, n), new(torch.empty, need_sums, parts, n)
     x, y = x.in_tiles(tile.rows), y.in_tiles(tile.cols)
@@ -267,7 +267,7 @@ def _launch(function: Any, call: Call, x: _Side, y: _Side, self_offset: int | No
 def _ranges(vectors: Tensor, skipped_at_0: Tensor | None, tile: int) -> Tensor:
     """[2, K, T]: the least and the greatest of every tile of each of K vectors, but for entries where the other tensor is 0."""
     count, n = vectors.shape
-    ranges = vectors.new_empty(2, count, _tiles(n, tile))
+    ranges = vectors.new_empty(2, count, cdiv(n, tile))
     _cuda.ranges(_stream(vectors), _name(vectors), *map(_address, (vectors, skipped_at_0, ranges)), n, tile, count)
     return ranges
 
@@ -280,10 +280,6 @@ def _stream(tensor: Tensor) -> Any:
 
 def _name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _tiles(n: int, size: int) -> int:
-    return -(-n // size)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -28,6 +28,10 @@ class Sums:
         self.m = torch.zeros_like(self.s) if bounded else torch.full_like(self.s, LOWEST)
 
 
+def cdiv(n: int, size: int) -> int:
+    return -(-n // size)
+
+
 def padded(rows: Tensor, multiple: int) -> Tensor:
     """Contiguous, with columns of zeros up to a multiple of so many."""
     missing = -rows.shape[1] % multiple
@@ -57,7 +61,7 @@ def scaled_weights(
     kernels: largest(sums, grads, to) of each ENTRIES, and scaled(sums, grads, largest, steepest, to, unscale)."""
     slope = steepest(call)
     given = [(None if sums is None else sums.contiguous(), grads.contiguous()) for sums, grads in sides]
-    parts = [-(-grads.numel() // ENTRIES) for _, grads in given]
+    parts = [cdiv(grads.numel(), ENTRIES) for _, grads in given]
     tops, unscale = call.x.new_empty(sum(parts), dtype=call.dtype), call.x.new_empty((), dtype=call.dtype)
     for side, top in zip(given, tops.split(parts), strict=True):
         largest(*side, top)
