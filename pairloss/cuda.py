@@ -91,8 +91,7 @@ def row_stats_fwd(call: Call) -> Statistics:
     of_cols = (cols.m, cols.s) if call.symmetric or call.both_sides else (None, None)
     x, y = _sides(call, tile)
     spans = (span_x, span_y * (tile.rows // tile.cols))
-    x, y = x.in_tiles(tile.rows), y.in_tiles(tile.cols)
-    _launch(_cuda.row_stats, call, x, y, call.self_offset, *map(_address, (rows.m, rows.s, *of_cols)), *spans, bounded)
+    _launch(_cuda.row_stats, call, tile, x, y, call.self_offset, *map(_address, (rows.m, rows.s, *of_cols)), *spans, bounded)
     row_sums, row_logs = _total(rows)
     col_sums, col_logs = _total(cols) if call.both_sides else (row_sums.new_empty(2, sets, 0), row_logs.new_empty(sets, 0))
     return row_logs, col_logs, row_sums, col_sums
@@ -147,24 +146,41 @@ class _Tile(NamedTuple):
         return _Tile(*_cuda.tile(str(call.product_dtype).removeprefix("torch.")))
 
 
-class _Side(NamedTuple):
+class _Side:
     """One side of the comparison, as the kernels take it."""
 
-    rows: Tensor  # [n, D] in the product dtype, D padded
-    ids: Tensor | None  # [n] int32, or [n, words]
-    bias: Tensor | None  # [n]
-    weights: Tensor | None = None  # g, scaled, and m [2, K, n], or of a pair sum g alone [n]; None: this side has none
-    id_ranges: Tensor | None = None  # [2, T], of tiles
-    weight_ranges: Tensor | None = None  # [2, K, T], of m
+    def __init__(self, rows: Tensor, ids: Tensor | None, bias: Tensor | None, weights: Tensor | None = None) -> None:
+        self.rows = rows  # [n, D] in the product dtype, D padded
+        self.ids = ids  # [n] int32, or [n, words]
+        self.bias = bias  # [n]
+        self.weights = weights  # g, scaled, and m [2, K, n], or of a pair sum g alone [n]; None: this side has none
+        self._ranges: dict[tuple[str, int], Tensor] = {}
 
-    def in_tiles(self, size: int) -> "_Side":
-        ids = None if self.ids is None or self.ids.ndim > 1 else _ranges(self.ids[None], None, size)[:, 0]
-        m = None if self.weights is None or self.weights.ndim == 1 else _ranges(self.weights[1], self.weights[0], size)
-        return self._replace(id_ranges=ids, weight_ranges=m)
+    def id_ranges(self, tile: int) -> Tensor | None:
+        """[2, T], of tiles of so many rows."""
+        if self.ids is None or self.ids.ndim > 1:
+            return None
+        return self._in_tiles("ids", tile, self.ids[None], None)[:, 0]
 
-    def native(self) -> Any:
-        names = ("rows", "ids", "id_ranges", "bias", "weights", "weight_ranges")
-        return _cuda.Side(n=len(self.rows), **{name: _address(getattr(self, name)) for name in names})
+    def weight_ranges(self, tile: int) -> Tensor | None:
+        """[2, K, T], of m."""
+        if self.weights is None or self.weights.ndim == 1:
+            return None
+        return self._in_tiles("weights", tile, self.weights[1], self.weights[0])
+
+    def _in_tiles(self, name: str, tile: int, vectors: Tensor, skipped_at_0: Tensor | None) -> Tensor:
+        """[2, K, T]: the least and the greatest of every tile of each of K vectors, but for entries where the other tensor is 0."""
+        if (name, tile) not in self._ranges:
+            count, n = vectors.shape
+            ranges = vectors.new_empty(2, count, cdiv(n, tile))
+            _cuda.ranges(_stream(vectors), _name(vectors), *map(_address, (vectors, skipped_at_0, ranges)), n, tile, count)
+            self._ranges[name, tile] = ranges
+        return self._ranges[name, tile]
+
+    def native(self, tile: int) -> Any:
+        given = {"rows": self.rows, "ids": self.ids, "bias": self.bias, "weights": self.weights}
+        given |= {"id_ranges": self.id_ranges(tile), "weight_ranges": self.weight_ranges(tile)}
+        return _cuda.Side(n=len(self.rows), **{name: _address(tensor) for name, tensor in given.items()})
 
 
 def _grads(
@@ -173,9 +189,7 @@ def _grads(
     weights, unscale = _scaled_weights(call, sides)
     row_weights, col_weights = [*weights, None, None][:2]
     tile = _Tile.of(call)
-    x, y = _sides(call, tile)
-    x = x._replace(weights=row_weights)
-    y = x if call.symmetric else y._replace(weights=col_weights)
+    x, y = _sides(call, tile, row_weights, col_weights)
     to_x, to_y, _, to_row_bias, to_col_bias = needs
     dx, drow_bias, sums = _side_grads(call, form, tile, x, y, call.self_offset, unscale, to_x, to_row_bias, with_sums)
     to_y, to_col_bias = (not call.symmetric and need for need in (to_y, to_col_bias))
@@ -202,12 +216,11 @@ def _side_grads(
     parts = max(1, min(BLOCKS // blocks, MOST_PARTS, cdiv(m, tile.cols)))
     dx = new(torch.empty, need_rows or form.term == "exp", parts, n, d)  # exponentials have no kernel for the bias's gradient alone
     dbias, sums = new(torch.empty, need_bias, parts, n), new(torch.empty, need_sums, parts, n)
-    x, y = x.in_tiles(tile.rows), y.in_tiles(tile.cols)
     visits = None
-    if form.term != "exp" and x.id_ranges is not None and y.id_ranges is not None:
-        visits = operands.visits(form.over, x.id_ranges, y.id_ranges)
+    if form.term != "exp" and (ranges_x := x.id_ranges(tile.rows)) is not None and (ranges_y := y.id_ranges(tile.cols)) is not None:
+        visits = operands.visits(form.over, ranges_x, ranges_y)
     outputs = map(_address, (dx, dbias, sums))
-    _launch(_cuda.gradients, call, x, y, self_offset, form.term, form.over, _address(visits), parts, *outputs)
+    _launch(_cuda.gradients, call, tile, x, y, self_offset, form.term, form.over, _address(visits), parts, *outputs)
     return (
         _sum_of_parts(dx, unscale, width) if need_rows and dx is not None else None,
         None if dbias is None else _sum_of_parts(dbias[..., None], unscale, 1)[:, 0],
@@ -226,12 +239,12 @@ def _sum_of_parts(parts: Tensor, factor: Tensor | None, width: int) -> Tensor:
     return to
 
 
-def _sides(call: Call, tile: _Tile) -> tuple[_Side, _Side]:
+def _sides(call: Call, tile: _Tile, row_weights: Tensor | None = None, col_weights: Tensor | None = None) -> tuple[_Side, _Side]:
     ids_x, ids_y = _ids(call)
-    x = _Side(operands.padded(call.x.to(call.product_dtype), tile.chunk), ids_x, _contiguous(call.row_bias))
+    x = _Side(operands.padded(call.x.to(call.product_dtype), tile.chunk), ids_x, _contiguous(call.row_bias), row_weights)
     if call.y is None:
         return x, x
-    return x, _Side(operands.padded(call.y.to(call.product_dtype), tile.chunk), ids_y, _contiguous(call.col_bias))
+    return x, _Side(operands.padded(call.y.to(call.product_dtype), tile.chunk), ids_y, _contiguous(call.col_bias), col_weights)
 
 
 def _ids(call: Call) -> tuple[Tensor | None, Tensor | None]:
@@ -244,12 +257,12 @@ def _contiguous(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()  # one number may have been expanded to all rows
 
 
-def _launch(function: Any, call: Call, x: _Side, y: _Side, self_offset: int | None, *arguments: Any) -> None:
+def _launch(function: Any, call: Call, tile: _Tile, x: _Side, y: _Side, self_offset: int | None, *arguments: Any) -> None:
     """function(dtype, call, *arguments): a launch. Memory that is freed when this returns is used again only behind it on the stream."""
     cutoff = None if call.cutoff is None else call.cutoff.to(call.x.device, call.dtype)
     native = _cuda.Call(
-        x=x.native(),
-        y=y.native(),
+        x=x.native(tile.rows),
+        y=y.native(tile.cols),
         symmetric=call.symmetric,
         d=x.rows.shape[1],
         sets=call.num_sets,
@@ -262,14 +275,6 @@ def _launch(function: Any, call: Call, x: _Side, y: _Side, self_offset: int | No
         stream=_stream(call.x),
     )
     function(_name(x.rows), native, *arguments)
-
-
-def _ranges(vectors: Tensor, skipped_at_0: Tensor | None, tile: int) -> Tensor:
-    """[2, K, T]: the least and the greatest of every tile of each of K vectors, but for entries where the other tensor is 0."""
-    count, n = vectors.shape
-    ranges = vectors.new_empty(2, count, cdiv(n, tile))
-    _cuda.ranges(_stream(vectors), _name(vectors), *map(_address, (vectors, skipped_at_0, ranges)), n, tile, count)
-    return ranges
 
 
 def _stream(tensor: Tensor) -> Any:
