@@ -7,10 +7,10 @@ One line per variant: registers and shared memory, spills (local memory loads an
 instructions and MUFU (the exponentials). The launchers themselves are run, on CPU tensors, with the launch replaced: a
 variant has the types and the alignment that a real call gives it. TRITON_INTERPRET must be unset.
 
---sweep compiles other tiles in place of the shipped one, marked *, and ranks them by an estimate: the clocks that a
-multiprocessor's busiest unit needs for 1,000 pairs of tiles without special pairs (RATES). That is a lower bound, reached only
-where other warps fill every wait; "in turn" is what is left of it where nothing runs beside the products. Tiles that spill in a
-loop come last.
+--sweep compiles other tiles in place of the shipped one, marked *, and ranks them by an estimate: the clocks that the busiest
+unit of a multiprocessor (RATES) needs for 1,000 pairs, of tiles whose pairs are all in one set and none left out. That is a
+lower bound, which takes enough warps to fill every wait; "in turn" adds up the products and what the next busiest unit does.
+Tiles that spill come last. Of row_stats_fwd, tiles with rows whole and in steps are compared.
 """
 
 import argparse
@@ -300,7 +300,8 @@ def _programs(registers: int, warps: int, shared: int, tensor_memory: int, arch:
 
 
 def executed(launch: Launch, seen: Report, arch: int) -> list[int]:
-    """The instructions of a warp for a tile without special pairs: the shortest way through its products and on to the next tile."""
+    """The instructions of a warp for a tile: the shortest way through its products and on to the next tile's, past the branches for
+    pairs of both sets, pairs left out, and weights far apart."""
     code = seen.code
     product = MATRIX[arch] if seen.matrix else "FFMA2?"
     products = {number for number, opcode in enumerate(code.opcodes(range(len(code.after)))) if _count(product, [opcode])}
@@ -320,14 +321,14 @@ def _steps(launch: Launch) -> int:
 
 
 def clocks(launch: Launch, seen: Report, arch: int) -> dict[str, float]:
-    """That each unit of a multiprocessor is busy for 1,000 pairs of tiles without special pairs."""
+    """That each unit of a multiprocessor is busy for 1,000 pairs, see executed."""
     rates, tile, way = RATES[arch], launch.tile, executed(launch, seen, arch)
     opcodes = seen.code.opcodes(way)
     d, size = _steps(launch) * launch.arguments["BLOCK_D"], launch.arguments["p_x"].element_size()
     pairs = tile.block_m * tile.block_n
     products = 2 if launch.kernel.__name__ == "grads_kernel" else 1
 
-    # tcgen05 computes 128 rows in any case, and reads its columns again for every 128.
+    # tcgen05 takes as long for 64 rows as for 128 (assumed), and reads its columns again for every 128.
     blocks = -(-tile.block_m // 128) if arch == 100 else tile.block_m / 128
     matrix = 2 * products * d * tile.block_n * 128 * blocks if seen.matrix else 0.0
     loaded = d * size * (tile.block_n if tile.block_d is None else tile.block_m + tile.block_n)
@@ -358,7 +359,7 @@ def clocks(launch: Launch, seen: Report, arch: int) -> dict[str, float]:
 
 
 def sweep(arch: int, dtype: torch.dtype, d: int, kernel: str, modes: Iterable[str], asked: Iterable[tiles.Tile]) -> list[Candidate]:
-    """The tiles asked for, best first, without those that don't fit. More stages of what spills with fewer are left out."""
+    """The tiles asked for, best first, without those that don't fit. To save time, more stages of what spills are left out."""
     candidates: list[Candidate] = []
     for tile in sorted(asked, key=lambda tile: (tile.num_stages, str(tile))):
         if any(other.tile._replace(num_stages=tile.num_stages) == tile and any(other.spills.values()) for other in candidates):

@@ -14,6 +14,8 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET"):
     pytest.skip("TRITON_INTERPRET is set: Triton's functions are not compiled in this process", allow_module_level=True)
 
+from pairloss.kernels.tiles import Tile
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import aot
 
@@ -54,17 +56,23 @@ def test_loops_are_found():
     assert seen.loop_matrix == seen.matrix
 
 
-@pytest.mark.parametrize(("kernel", "d", "products"), [("row_stats_fwd", 512, 1), ("grads", 128, 2)])
-def test_sweep_counts_what_a_tile_executes(kernel, d, products):
+@pytest.mark.parametrize(("kernel", "mode", "d", "products"), [("row_stats_fwd", "ids", 512, 1), ("grads", "ids, bias", 128, 2)])
+def test_sweep_counts_what_a_tile_executes(kernel, mode, d, products):
     """A product in steps, in a loop within the loop over tiles, and both products of the backward pass."""
     tile = aot.shipped(80, torch.bfloat16, d, kernel)
-    (candidate,) = aot.sweep(80, torch.bfloat16, d, kernel, ["ids"], [tile])
-    seen, busy = candidate.reports["ids"], candidate.clocks["ids"]
-    launch = next(v for v in aot.launches(80, torch.bfloat16, d, ["ids"]) if v.kernel.__name__ == f"{kernel}_kernel")
+    (candidate,) = aot.sweep(80, torch.bfloat16, d, kernel, [mode], [tile])
+    seen, busy = candidate.reports[mode], candidate.clocks[mode]
+    launch = next(v for v in aot.launches(80, torch.bfloat16, d, [mode]) if v.kernel.__name__ == f"{kernel}_kernel")
     executed = seen.code.opcodes(aot.executed(launch, seen, 80))
     flop = 2 * 16 * 8 * 16  # of mma.m16n8k16
     assert executed.count("HMMA.16816.F32.BF16") * flop * tile.num_warps == 2 * products * tile.block_m * tile.block_n * d
     assert busy["matrix"] == pytest.approx(1000 * 2 * products * d / 2048)
     # One exponential a pair, and those of rows and columns: all branches together have four times as many.
     assert 1 <= busy["mufu"] / (1000 / 16) < 1.5
-    assert replace(candidate, spills={"ids": 1}).rank > candidate.rank
+    assert replace(candidate, spills={mode: 1}).rank > candidate.rank
+
+
+def test_sweep_finds_the_tile_where_its_product_begins_before_the_loop():
+    """As on sm_100, where the way back to that product by the loop over rows, past all tiles, is the shorter one."""
+    (candidate,) = aot.sweep(100, torch.bfloat16, 128, "row_stats_fwd", ["ids"], [Tile(64, 64, None, 8, 2)])
+    assert candidate.clocks["ids"]["mufu"] == pytest.approx(1000 / 16)
