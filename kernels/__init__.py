@@ -3,6 +3,7 @@
 Imports without Triton; why_not says what is missing. With TRITON_INTERPRET=1 the same kernels run on CPU tensors.
 """
 
+import functools
 import os
 import re
 
@@ -61,6 +62,7 @@ def pair_sum_fwd_bwd(call: Call, over: str, term: str, with_sums: bool, weights:
     return sums, [None] * 5 if weights is None else launch.pair_sum_bwd(call, over, term, weights, needs)
 
 
+@functools.cache
 def _missing_triton() -> str | None:
     try:
         import triton
@@ -85,7 +87,7 @@ def _wrong_device(device: torch.device) -> str | None:
 
 def _wrong_call(call: Call) -> str | None:
     if torch.float64 in (call.x.dtype, call.product_dtype):
-        return "float64 is served by torch"
+        return "float64 is not served"
     if call.ids_x is not None and call.ids_x.ndim > 1:
         return "multi-hot ids are not served"
     return None

@@ -93,6 +93,18 @@ class Counted:
         return value
 
 
+def test_ranges_are_found_once_for_each_size(host, monkeypatch):
+    """The shipped tiles of half and float rows are square: half the launches of these, where the tests' blocks are not."""
+    counted = Counted(host)
+    monkeypatch.setattr(cuda, "_cuda", counted)
+    side = cuda._Side(torch.zeros(70, 16), torch.arange(70, dtype=torch.int32), None, torch.ones(2, 2, 70))
+    for tile in (32, 16, 32):
+        assert side.id_ranges(tile).tolist() == [[*range(0, 70, tile)], [*range(tile - 1, 69, tile), 69]]
+        assert side.weight_ranges(tile).eq(1).all()
+    side.native(32)
+    assert counted.number == 4
+
+
 @pytest.mark.parametrize(("form", "operations", "kernels"), [("snnl", 9, 15), ("snnl in label order", 13, 15), ("clip", 17, 27)])
 def test_launches_of_a_step(host, monkeypatch, form, operations, kernels):
     counted = Counted(host)
