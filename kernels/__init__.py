@@ -58,8 +58,7 @@ def row_stats_bwd(
 def pair_sum_fwd_bwd(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> SumsAndGrads:
     from . import launch
 
-    sums = launch.pair_sum_fwd(call, over, term) if with_sums else None
-    return sums, [None] * 5 if weights is None else launch.pair_sum_bwd(call, over, term, weights, needs)
+    return launch.pair_sum_fwd_bwd(call, over, term, with_sums, weights, needs)
 
 
 @functools.cache

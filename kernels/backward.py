@@ -3,7 +3,8 @@ r"""The gradients of both primitives on a GPU, from the weights of row_stats.py 
     dx_i = sum_j W_ij y_j,  dbias_i = sum_j A_ij                               dy: the same with the sides swapped
 
 W is never materialised: its tiles are formed from the products again, and a row tile's gradient stays in registers; for large
-D a slab of W, of at most launch.SLAB_BYTES or one row of tiles, goes to the library's product. No atomics, no host synchronisation.
+D a slab of W, of at most launch.SLAB_BYTES_OF_BOTH or one row of tiles, goes to the library's products, for both sides. No atomics,
+no host synchronisation.
 """
 
 import triton
@@ -20,9 +21,9 @@ def tile_weights(
     s, x, y, i, j, only, p_log_sums_x, p_log_sums_y, p_cutoff, N, M, T_X, T_Y, self_offset, m, gamma,
     TERM: tl.constexpr, OVER: tl.constexpr, SETS: tl.constexpr, SCORE: tl.constexpr, HAS_CUTOFF: tl.constexpr,
     HAS_SELF: tl.constexpr, HAS_BIAS: tl.constexpr, ROLE_X: tl.constexpr, ROLE_Y: tl.constexpr, BIAS_GRAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WITH_SUMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(A, W) of tile (i, j), from its products."""
+    """(A, W, with WITH_SUMS the terms) of tile (i, j), from its products."""
     if TERM == "exp":
         z, slope = tile_logits(
             s, x, y, i, j, only, p_cutoff, N, M, self_offset, m, gamma,
@@ -34,11 +35,11 @@ def tile_weights(
             w = a * slope
             if BIAS_GRAD:  # the weights of the positives come with the slope's sign
                 a = tl.where(same_id(x, y), -a, a)
-        return a, w
+        return a, w, w
     else:
         return term_weights(
             s, x, y, i, j, only, N, M, self_offset,
-            TERM, OVER, SETS, HAS_SELF, HAS_BIAS, ROLE_X, ROLE_Y, BLOCK_M, BLOCK_N,
+            TERM, OVER, SETS, HAS_SELF, HAS_BIAS, ROLE_X, ROLE_Y, WITH_SUMS, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
 
@@ -71,9 +72,9 @@ def grads_kernel(
         s = product(b_x, b_y, PRECISION)
         y = load_side(p_ids_y, p_bias_y, p_weights_y, o_y, M, SETS, HAS_BIAS, ROLE_Y, TERM)
         only = tile_set(p_range_x, p_range_y, i, j, T_X, T_Y, SETS)
-        a, w = tile_weights(
+        a, w, _ = tile_weights(
             s, x, y, i, j, only, p_log_sums_x, p_log_sums_y, p_cutoff, N, M, T_X, T_Y, self_offset, m, gamma,
-            TERM, OVER, SETS, SCORE, HAS_CUTOFF, HAS_SELF, HAS_BIAS, ROLE_X, ROLE_Y, BIAS_GRAD, BLOCK_M, BLOCK_N,
+            TERM, OVER, SETS, SCORE, HAS_CUTOFF, HAS_SELF, HAS_BIAS, ROLE_X, ROLE_Y, BIAS_GRAD, False, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if BIAS_GRAD:
             acc_bias += tl.sum(a, 1)
@@ -87,19 +88,19 @@ def grads_kernel(
         tl.store(p_dbias + o_i, acc_bias * unscale, m_rows)
 
 
-@triton.jit(do_not_specialize=["N", "M", "T_X", "T_Y", "self_offset", "m", "gamma", "i_first", "span_x", "stride_slab"])
+@triton.jit(do_not_specialize=["N", "M", "T_X", "T_Y", "self_offset", "m", "gamma", "i_first", "span_x", "stride_slab", "stride_part"])
 def weights_kernel(
     p_x, p_y, p_ids_x, p_ids_y, p_range_x, p_range_y, p_bias_x, p_bias_y, p_weights_x, p_weights_y, p_log_sums_x, p_log_sums_y,
     p_cutoff,
-    p_slab, p_dbias,
-    N, M, D, T_X, T_Y, i_first, span_x, stride_slab, stride_dbias, self_offset, m, gamma,
+    p_slab, p_dbias, p_dbias_y, p_sums,
+    N, M, D, T_X, T_Y, i_first, span_x, stride_slab, stride_part, self_offset, m, gamma,
     TERM: tl.constexpr, OVER: tl.constexpr, SETS: tl.constexpr, SCORE: tl.constexpr, HAS_CUTOFF: tl.constexpr,
     HAS_SELF: tl.constexpr, HAS_BIAS: tl.constexpr, ROLE_X: tl.constexpr, ROLE_Y: tl.constexpr, BIAS_GRAD: tl.constexpr,
-    PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
+    BIAS_GRAD_Y: tl.constexpr, WITH_SUMS: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Writes tile (i, j) of W into the slab, which begins with tile row i_first, in the product dtype, and the row sums of A into
-    row j of p_dbias. Programs next to each other share y's tile."""
+    """Writes tile (i, j) of W into the slab, which begins with tile row i_first, in the product dtype; the row sums of A and of the terms
+    into row j of p_dbias and p_sums, A's column sums into row i - i_first of p_dbias_y. Programs next to each other share y's tile."""
     i = i_first + tl.program_id(0) % span_x
     j = tl.program_id(0) // span_x
     o_i = i * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -114,14 +115,18 @@ def weights_kernel(
     x = load_side(p_ids_x, p_bias_x, p_weights_x, o_x, N, SETS, HAS_BIAS, ROLE_X, TERM)
     y = load_side(p_ids_y, p_bias_y, p_weights_y, o_y, M, SETS, HAS_BIAS, ROLE_Y, TERM)
     only = tile_set(p_range_x, p_range_y, i, j, T_X, T_Y, SETS)
-    a, w = tile_weights(
+    a, w, terms = tile_weights(
         s, x, y, i, j, only, p_log_sums_x, p_log_sums_y, p_cutoff, N, M, T_X, T_Y, self_offset, m, gamma,
-        TERM, OVER, SETS, SCORE, HAS_CUTOFF, HAS_SELF, HAS_BIAS, ROLE_X, ROLE_Y, BIAS_GRAD, BLOCK_M, BLOCK_N,
+        TERM, OVER, SETS, SCORE, HAS_CUTOFF, HAS_SELF, HAS_BIAS, ROLE_X, ROLE_Y, BIAS_GRAD or BIAS_GRAD_Y, WITH_SUMS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
     m_rows = o_i < N
+    if BIAS_GRAD_Y:
+        tl.store(p_dbias_y + (i - i_first).to(tl.int64) * M + o_j, tl.sum(a, 0), o_j < M)
     o_i -= i_first * BLOCK_M
     p_slab += o_i.to(tl.int64)[:, None] * stride_slab + o_j[None, :]
     tl.store(p_slab, w.to(p_slab.dtype.element_ty), m_rows[:, None] & (o_j < M)[None, :])
     if BIAS_GRAD:
-        tl.store(p_dbias + j.to(tl.int64) * stride_dbias + o_i, tl.sum(a, 1), m_rows)
+        tl.store(p_dbias + j.to(tl.int64) * stride_part + o_i, tl.sum(a, 1), m_rows)
+    if WITH_SUMS:
+        tl.store(p_sums + j.to(tl.int64) * stride_part + o_i, tl.sum(terms, 1), m_rows)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import engines, operands
-from ..engines import Call, Statistics
+from ..engines import Call, Statistics, SumsAndGrads
 from ..operands import ENTRIES, GROUPS, NO_SHIFT, SETS, Sums, cdiv, norm_beside, visits
 from . import tiles
 from .backward import grads_kernel, weights_kernel
@@ -21,8 +21,9 @@ from .vectors import id_ranges_kernel, largest_kernel, scaled_weights_kernel, to
 Result = TypeVar("Result")
 # As many as the forward kernel of row_stats has for x against itself.
 PROGRAMS = GROUPS * (GROUPS + 1) // 2
-# Weights of large D at a time: about an L2 cache, but at least one row of tiles (256 MiB at M = 1,048,576).
-SLAB_BYTES = 64 << 20
+# Weights of large D at a time, or one row of tiles (256 MiB at M = 1,048,576): about an L2 cache; for both sides' gradients more, as
+# each slab reads and writes the other side's once.
+SLAB_BYTES, SLAB_BYTES_OF_BOTH = 64 << 20, 256 << 20
 # Columns are padded to a multiple of this, so that every load is a whole 32 bytes.
 ALIGN = 16
 
@@ -68,6 +69,7 @@ class _Form(NamedTuple):
 
     term: str = "exp"
     over: int = 1  # the set that a pair sum is over
+    with_sums: bool = False  # whose sums are wanted too, and come with the weights of large D
 
 
 def row_stats_fwd(call: Call) -> Statistics:
@@ -149,11 +151,15 @@ def row_stats_bwd(
     call: Call, row_sums: Tensor, row_grads: Tensor, col_sums: Tensor, col_grads: Tensor, needs: list[bool]
 ) -> list[Tensor | None]:
     sides = [(row_sums, row_grads), (col_sums, col_grads)]
-    return _grads(call, _Form(), sides if call.both_sides else sides[:1], needs)
+    return _grads(call, _Form(), sides if call.both_sides else sides[:1], needs)[0]
 
 
-def pair_sum_bwd(call: Call, over: str, term: str, weights: Tensor, needs: list[bool]) -> list[Tensor | None]:
-    return _grads(call, _Form(term, SETS.index(over)), [(None, weights)], needs)
+def pair_sum_fwd_bwd(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> SumsAndGrads:
+    if weights is None:
+        return pair_sum_fwd(call, over, term), [None] * len(needs)
+    form = _Form(term, SETS.index(over), with_sums)
+    grads, sums = _grads(call, form, [(None, weights)], needs)
+    return pair_sum_fwd(call, over, term) if with_sums and sums is None else sums, grads
 
 
 def _scaled_weights(call: Call, sides: list[tuple[Tensor | None, Tensor]]) -> tuple[list[Tensor], Tensor]:
@@ -169,68 +175,103 @@ def _scaled_weights(call: Call, sides: list[tuple[Tensor | None, Tensor]]) -> tu
     return operands.scaled_weights(call, sides, largest, scaled)
 
 
-def _grads(call: Call, form: _Form, sides: list[tuple[Tensor | None, Tensor]], needs: list[bool]) -> list[Tensor | None]:
+class _Wanted(NamedTuple):
+    """Gradients of a side."""
+
+    rows: bool
+    bias: bool
+
+
+def _grads(
+    call: Call, form: _Form, sides: list[tuple[Tensor | None, Tensor]], needs: list[bool]
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """And the sums, if they came with the weights."""
     (row_weights, *others), unscale = _scaled_weights(call, sides)
-    col_weights = others[0] if others else None
-    x, y = _sides(call, row_weights, col_weights)
+    x, y = _sides(call, row_weights, others[0] if others else None)
     to_x, to_y, _, to_row_bias, to_col_bias = needs
-    dx, drow_bias = _side_grads(call, form, x, y, call.self_offset, to_x, to_row_bias, unscale)
-    to_y, to_col_bias = (not call.symmetric and need for need in (to_y, to_col_bias))
-    offset = None if call.self_offset is None else -call.self_offset
-    dy, dcol_bias = _side_grads(call, form, y, x, offset, to_y, to_col_bias, unscale)
-    return [dx, dy, None, drow_bias, dcol_bias]
+    of_x, of_y = _Wanted(to_x, to_row_bias), _Wanted(to_y and not call.symmetric, to_col_bias and not call.symmetric)
+    offset, sums = call.self_offset, None
+    back = None if offset is None else -offset
+    in_registers = tiles.choose(tiles.BACKWARD, x.rows.shape[1], x.rows.dtype, x.rows.device) is not None
+    if in_registers or not (len(x.rows) and len(y.rows)):
+        dx, drow_bias = _side_grads(call, form, x, y, offset, of_x, unscale)
+        dy, dcol_bias = _side_grads(call, form, y, x, back, of_y, unscale)
+    elif any(of_x) or form.with_sums:
+        dx, drow_bias, dy, dcol_bias, sums = _by_slabs(call, form, x, y, offset, of_x, of_y, unscale)
+    else:
+        dy, dcol_bias, dx, drow_bias, _ = _by_slabs(call, form, y, x, back, of_y, of_x, unscale)
+    return [dx, dy, None, drow_bias, dcol_bias], sums
 
 
 def _side_grads(
-    call: Call, form: _Form, x: _Side, y: _Side, self_offset: int | None, need_rows: bool, need_bias: bool, unscale: Tensor
+    call: Call, form: _Form, x: _Side, y: _Side, self_offset: int | None, wanted: _Wanted, unscale: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of x's rows and bias: W y and A 1."""
     (n, d), m = x.rows.shape, y.rows.shape[0]
-    if not (need_rows or need_bias):
+    if not any(wanted):
         return None, None
     float32 = {"dtype": torch.float32, "device": x.rows.device}
     if n == 0 or m == 0:
-        return torch.zeros(n, call.x.shape[1], **float32) if need_rows else None, torch.zeros(n, **float32) if need_bias else None
+        dx, dbias = torch.zeros(n, d, **float32), torch.zeros(n, **float32)
+        return _given(dx, call) if wanted.rows else None, dbias if wanted.bias else None
 
-    def whole(tile: Tile) -> tuple[Tensor, Tensor]:
-        dx, dbias = torch.empty(n, d, **float32), torch.empty(n if need_bias else 0, **float32)
-        arguments = _weight_arguments(call, form, x, y, tile, self_offset, need_bias)
+    def launch(tile: Tile) -> tuple[Tensor, Tensor]:
+        dx, dbias = torch.empty(n, d, **float32), torch.empty(n if wanted.bias else 0, **float32)
+        arguments = _weight_arguments(call, form, x, y, tile, self_offset, wanted.bias)
         arguments |= {"p_unscale": unscale, "p_dx": dx, "p_dbias": dbias}
         _launch(grads_kernel, (cdiv(n, tile.block_m),), tile, arguments)
         return dx, dbias
 
-    def by_slabs(tile: Tile) -> tuple[Tensor, Tensor]:
-        dx, dbias = _side_grads_by_slabs(call, form, x, y, tile, self_offset, need_bias)
-        dx *= unscale
-        dbias *= unscale
-        return dx, dbias
-
-    fits = tiles.choose(tiles.BACKWARD, d, x.rows.dtype, x.rows.device) is not None
-    dx, dbias = _on_tile(tiles.BACKWARD, x, y, whole) if fits else _on_tile(tiles.WEIGHTS, x, y, by_slabs)
-    return dx[:, : call.x.shape[1]].contiguous() if need_rows else None, dbias if need_bias else None
+    dx, dbias = _on_tile(tiles.BACKWARD, x, y, launch)
+    return _given(dx, call) if wanted.rows else None, dbias if wanted.bias else None
 
 
-def _side_grads_by_slabs(
-    call: Call, form: _Form, x: _Side, y: _Side, tile: Tile, self_offset: int | None, need_bias: bool
-) -> tuple[Tensor, Tensor]:
-    (n, d), m = x.rows.shape, y.rows.shape[0]
-    t_y = cdiv(m, tile.block_n)
-    stride = cdiv(m, ALIGN) * ALIGN
-    slab_tiles = max(1, SLAB_BYTES // (stride * x.rows.itemsize * tile.block_m))
-    slab = x.rows.new_empty(min(slab_tiles * tile.block_m, n), stride)
-    dx = torch.empty(n, d, dtype=torch.float32, device=x.rows.device)
-    dbias = dx.new_empty(n if need_bias else 0)
-    dbias_slab = dx.new_empty(t_y, len(slab) if need_bias else 0)
-    arguments = _weight_arguments(call, form, x, y, tile, self_offset, need_bias)
-    arguments |= {"p_slab": slab, "p_dbias": dbias_slab, "stride_slab": stride, "stride_dbias": len(slab)}
-    for begin in range(0, n, len(slab)):
-        part = min(len(slab), n - begin)
-        span = cdiv(part, tile.block_m)
+def _by_slabs(
+    call: Call, form: _Form, x: _Side, y: _Side, self_offset: int | None, of_x: _Wanted, of_y: _Wanted, unscale: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of both sides' rows and biases from the same weights, W y, A 1, W^T x and A^T 1, and the sums."""
+    return _on_tile(tiles.WEIGHTS, x, y, lambda tile: _by_slabs_of(call, form, x, y, tile, self_offset, of_x, of_y, unscale))
+
+
+def _by_slabs_of(
+    call: Call, form: _Form, x: _Side, y: _Side, tile: Tile, self_offset: int | None, of_x: _Wanted, of_y: _Wanted, unscale: Tensor
+) -> tuple[Tensor | None, ...]:
+    (n, d), m = x.rows.shape, len(y.rows)
+    t_y, stride = cdiv(m, tile.block_n), cdiv(m, ALIGN) * ALIGN
+    slab_bytes = SLAB_BYTES_OF_BOTH if of_x.rows and of_y.rows else SLAB_BYTES
+    size = min(max(1, slab_bytes // (stride * x.rows.itemsize * tile.block_m)) * tile.block_m, n)
+    float32 = {"dtype": torch.float32, "device": x.rows.device}
+    slab = x.rows.new_empty(size, stride)
+    sums = torch.empty(n if form.with_sums else 0, **float32)
+    dx, dbias_x = torch.empty(n if of_x.rows else 0, d, **float32), torch.empty(n if of_x.bias else 0, **float32)
+    dy, dbias_y = torch.zeros(m if of_y.rows else 0, d, **float32), torch.zeros(m if of_y.bias else 0, **float32)
+    # Of a slab, of every tile of the other side.
+    part_x, part_sums = (torch.empty(t_y, size if wanted else 0, **float32) for wanted in (of_x.bias, form.with_sums))
+    part_y = torch.empty(cdiv(size, tile.block_m), m if of_y.bias else 0, **float32)
+    arguments = _weight_arguments(call, form, x, y, tile, self_offset, of_x.bias)
+    arguments |= {"p_slab": slab, "stride_slab": stride, "p_dbias": part_x, "p_dbias_y": part_y, "p_sums": part_sums, "stride_part": size}
+    arguments |= {"BIAS_GRAD_Y": of_y.bias, "WITH_SUMS": form.with_sums}
+    for begin in range(0, n, size):
+        end = min(begin + size, n)
+        span = cdiv(end - begin, tile.block_m)
         _launch(weights_kernel, (span * t_y,), tile, arguments | {"i_first": begin // tile.block_m, "span_x": span})
-        dx[begin : begin + part] = _product(slab[:part, :m], y.rows)
-        if need_bias:
-            dbias[begin : begin + part] = dbias_slab[:, :part].sum(0)
-    return dx, dbias
+        weights = slab[: end - begin, :m]
+        if of_x.rows:
+            dx[begin:end] = _product(weights, y.rows)
+        if of_y.rows:
+            _add_product(dy, weights.T, x.rows[begin:end])
+        for total, part in ((dbias_x, part_x), (sums, part_sums)):
+            if len(total):
+                total[begin:end] = part[:, : end - begin].sum(0)
+        if of_y.bias:
+            dbias_y += part_y[:span].sum(0)
+    results = (dx, of_x.rows), (dbias_x, of_x.bias), (dy, of_y.rows), (dbias_y, of_y.bias)
+    return *(_given(grad.mul_(unscale), call) if wanted else None for grad, wanted in results), sums if form.with_sums else None
+
+
+def _given(grad: Tensor, call: Call) -> Tensor:
+    """Of rows: without the columns that were added."""
+    return grad[:, : call.x.shape[1]].contiguous() if grad.ndim == 2 else grad
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -238,6 +279,14 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype != torch.float32 and a.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in float32."""
+    if a.dtype != torch.float32 and a.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
 
 
 def scaled_rows_fwd(rows: Tensor, norm: Tensor, order: Tensor | None, product_dtype: torch.dtype) -> Tensor:

@@ -64,9 +64,10 @@ def term_weight(g, v, TERM: tl.constexpr, OVER: tl.constexpr):
 def term_weights(
     s, x, y, i, j, only, N, M, self_offset,
     TERM: tl.constexpr, OVER: tl.constexpr, SETS: tl.constexpr, HAS_SELF: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ROLE_X: tl.constexpr, ROLE_Y: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROLE_X: tl.constexpr, ROLE_Y: tl.constexpr, WITH_SUMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(W of the pairs whose anchor the row is, or the column if only it has that role; W of both roles), from the products."""
+    """(W of the pairs whose anchor the row is, or the column if only it has that role; W of both roles; with WITH_SUMS the terms of the
+    former), from the products."""
     v = tile_products(s, x, y, i, j, only, N, M, self_offset, OVER, SETS, HAS_SELF, BLOCK_M, BLOCK_N)
     if ROLE_X and ROLE_Y:  # x against itself: an anchor's bias counts in its own role only
         v_x = v
@@ -75,12 +76,17 @@ def term_weights(
             v_x = biased(v, x[1][:, None], OVER)
             v_y = biased(v, y[1][None, :], OVER)
         w = term_weight(x[2][:, None], v_x, TERM, OVER)
-        return w, w + term_weight(y[2][None, :], v_y, TERM, OVER)
+        both = w + term_weight(y[2][None, :], v_y, TERM, OVER)
     else:
         if HAS_BIAS:
             v = biased(v, x[1][:, None] + y[1][None, :], OVER)
+        v_x = v
         w = term_weight(x[2][:, None] if ROLE_X else y[2][None, :], v, TERM, OVER)
-        return w, w
+        both = w
+    terms = w
+    if WITH_SUMS:
+        terms = term_value(v_x, TERM, OVER)
+    return w, both, terms
 
 
 @triton.jit

@@ -71,6 +71,45 @@ def test_wide_rows(engine, primitive, dtype):
 
 
 @pytest.mark.engines
+@pytest.mark.parametrize("wanted", [("x", "y", "row_bias", "col_bias"), ("y", "col_bias"), ("x",), ("row_bias",)], ids=" ".join)
+@pytest.mark.parametrize("primitive", ["row_stats", "softplus", "linear"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("engine", TILED, ids=lambda engine: "-".join(engine))
+def test_wide_rows_of_two_sets(engine, dtype, primitive, wanted, monkeypatch):
+    """The gradients of both sides or of one, from more than one slab of weights, and the sums that come with them."""
+    if engine.name == "triton":
+        from pairloss.kernels import launch
+
+        for name in ("SLAB_BYTES", "SLAB_BYTES_OF_BOTH"):
+            monkeypatch.setattr(launch, name, 1)
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"x": (40, WIDE), "y": (29, WIDE), "row_bias": (40,), "col_bias": (29,)}
+    given = {name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
+    given |= {name: torch.nn.functional.normalize(given[name]).to(dtype).double() for name in ("x", "y")}
+    given |= {name: given[name].float().double() for name in ("row_bias", "col_bias")}
+    ids = {"ids_x": torch.arange(40) // 7, "ids_y": torch.arange(29) // 7}
+
+    def run(backend: str, device: str, to: torch.dtype, product_dtype: torch.dtype):
+        leaves = {name: v.to(device, to).requires_grad_(name in wanted) for name, v in given.items()}
+        options = {name: v.to(device) for name, v in ids.items()} | {"product_dtype": product_dtype, "backend": backend}
+        if primitive == "row_stats":
+            rows, cols = row_stats(**leaves, **options, both_sides=True)
+            out = torch.cat([rows, cols], 1)
+            total = (torch.where(out == -torch.inf, 0, out) * torch.linspace(0.5, 1, out.shape[1], dtype=to, device=device)).sum()
+        else:
+            weights = torch.linspace(0.5, 1, 40, dtype=to, device=device)
+            total = pair_sum(**leaves, **options, over="negatives", term=primitive, weights=weights)
+        return total.detach(), *torch.autograd.grad(total, [leaves[name] for name in wanted])
+
+    truth = run("reference", "cpu", torch.float64, torch.float64)
+    eager = run("reference", "cpu", torch.float32, dtype)
+    with tiles(16):
+        ours = run(engine.name, engine.device, torch.float32, dtype)
+    for name, *values in zip(("total", *wanted), ours, truth, eager, strict=True):
+        assert_rule(name, *values, dtype)
+
+
+@pytest.mark.engines
 @pytest.mark.parametrize(("n", "m"), [(0, 3), (3, 0), (0, 0)])
 @pytest.mark.parametrize("engine", TILED, ids=lambda engine: "-".join(engine))
 def test_nothing_to_compare(engine, n, m):
