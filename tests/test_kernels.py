@@ -81,7 +81,7 @@ def test_wide_rows_of_two_sets(engine, dtype, primitive, wanted, monkeypatch):
         from pairloss.kernels import launch
 
         for name in ("SLAB_BYTES", "SLAB_BYTES_OF_BOTH"):
-            monkeypatch.setattr(launch, name, 1)
+            monkeypatch.setattr(launch, name, 2 * 16 * 32 * dtype.itemsize)  # two tiles of rows: 40 are two and a half
     generator = torch.Generator().manual_seed(0)
     sizes = {"x": (40, WIDE), "y": (29, WIDE), "row_bias": (40,), "col_bias": (29,)}
     given = {name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
@@ -91,7 +91,7 @@ def test_wide_rows_of_two_sets(engine, dtype, primitive, wanted, monkeypatch):
 
     def run(backend: str, device: str, to: torch.dtype, product_dtype: torch.dtype):
         leaves = {name: v.to(device, to).requires_grad_(name in wanted) for name, v in given.items()}
-        options = {name: v.to(device) for name, v in ids.items()} | {"product_dtype": product_dtype, "backend": backend}
+        options = {"self_offset": -3, "product_dtype": product_dtype, "backend": backend} | {name: v.to(device) for name, v in ids.items()}
         if primitive == "row_stats":
             rows, cols = row_stats(**leaves, **options, both_sides=True)
             out = torch.cat([rows, cols], 1)
