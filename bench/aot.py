@@ -214,7 +214,7 @@ def launches(arch: int, dtype: torch.dtype, d: int, modes: Iterable[str]) -> Ite
                 host.scaled_rows_bwd(*given, x)
             elif mode in ("positives", "negatives"):
                 host.pair_sum_fwd(call, mode, "softplus")
-                host.pair_sum_fwd_bwd(call, mode, "softplus", False, torch.zeros(n), needs)
+                host.pair_sum_fwd_bwd(call, mode, "softplus", True, torch.zeros(n), [True, True, False, True, True])
             else:
                 host.row_stats_fwd(call)
                 rows, cols = torch.zeros(2, call.num_sets, n), torch.zeros(2, call.num_sets, n if call.both_sides else 0)
