@@ -213,7 +213,7 @@ def launches(arch: int, dtype: torch.dtype, d: int, modes: Iterable[str]) -> Ite
                 host.scaled_rows_fwd(*given, dtype)
                 host.scaled_rows_bwd(*given, x)
             elif mode in ("positives", "negatives"):
-                host.pair_sum_fwd(call, mode, "softplus")
+                host.pair_sum_fwd_bwd(call, mode, "softplus", True, None, needs)
                 host.pair_sum_fwd_bwd(call, mode, "softplus", True, torch.zeros(n), [True, True, False, True, True])
             else:
                 host.row_stats_fwd(call)

@@ -97,7 +97,8 @@ def supcon(features: Tensor, labels: Tensor) -> Tensor:
     itself, positive = pairs_of(labels)
     log_prob = (x @ x.T / TAU).masked_fill(itself, -torch.inf).log_softmax(1)
     size = positive.sum(1)
-    return -(log_prob.masked_fill(~positive, 0).sum(1)[size > 0] / size[size > 0]).mean()
+    each = log_prob.masked_fill(~positive, 0).sum(1) / size.clamp(min=1)  # 0 where there are no positives
+    return -each.sum() / (size > 0).sum()
 
 
 def circle(features: Tensor, labels: Tensor) -> Tensor:
@@ -108,7 +109,8 @@ def circle(features: Tensor, labels: Tensor) -> Tensor:
     pos = -gamma * relu(1 + m - s).detach() * (s - (1 - m))
     neg = gamma * relu(s + m).detach() * (s - m)
     log_sums = pos.masked_fill(~positive, -torch.inf).logsumexp(1) + neg.masked_fill(positive | itself, -torch.inf).logsumexp(1)
-    return -logsigmoid(-log_sums[log_sums > -torch.inf]).mean()
+    counts = log_sums > -torch.inf
+    return -logsigmoid(-log_sums.masked_fill(~counts, -torch.inf)).sum() / counts.sum()  # 0 where an anchor doesn't count
 
 
 def nt_xent(view_a: Tensor, view_b: Tensor) -> Tensor:
@@ -264,8 +266,8 @@ def step_of(case: Case, provider: str, sets: list[tuple[Tensor, ...]]) -> Callab
     """A step, which takes the next set of inputs each time."""
     if provider.startswith("products"):
         dtype = torch.float32 if provider == "products-float32" else case.dtype
-        rows = torch.randn(len(sets), 2, case.n, case.d, device=sets[0][0].device, dtype=dtype)
-        return _in_turn(products, [tuple(pair) for pair in rows])
+        device = sets[0][0].device
+        return _in_turn(products, [tuple(v.to(device, dtype) for v in paired(case.n, case.d, seed)) for seed in range(len(sets))])
     function = LOSSES[case.loss].ours
     if provider == "pairloss-cuda":
         function = partial(_on_engine, "cuda", function)

@@ -1,13 +1,16 @@
 """What wants a GPU, in parts of a few minutes each: python bench/gpu.py [--part build tests peers sweep profile]
 
-Takes what the interpreter has: PyTorch, Triton, pybind11, CMake, ninja, setuptools, pytest, nvcc; no network. pytest-xdist makes the
-tests, which compile some 700 variants of the kernels, as many times faster as there are cores. Other libraries are compared where they
-are installed. Times, errors and peak memory are appended to bench/results/cuda.csv. A part that fails doesn't keep the next from running.
+Takes what the interpreter has: PyTorch, Triton, NumPy, pybind11, CMake, ninja, setuptools, pytest, nvcc; no network. pytest-xdist makes
+the tests, which compile some 700 variants of the kernels, as many times faster as there are cores. Other libraries are compared where
+they are installed. Times, errors and peak memory are appended to bench/results/cuda.csv, or --results, case by case. A command that
+fails or takes too long doesn't keep the next from running.
 """
 
 import argparse
 import importlib.util
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +21,6 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 Command = list[str]
-SECONDS = 420  # that a command may take
 
 
 def build() -> Iterator[Command]:
@@ -48,8 +50,9 @@ def between(*providers: str) -> Command:
 def peers() -> Iterator[Command]:
     """The cases that other kernels publish."""
     dense = between("pairloss-cuda", "products", "naive")
-    yield bench("snnl supcon nt_xent circle clip", "65536", "512", "bfloat16")
-    yield bench("siglip", "65536", "768", "bfloat16")
+    all_of_them = *dense, "compiled", "pml", "memeff", "inf-cl", "siglip-kernel"
+    yield bench("snnl clip supcon nt_xent circle", "65536", "512", "bfloat16", *all_of_them)
+    yield bench("siglip", "65536", "768", "bfloat16", *all_of_them)
     yield bench("snnl supcon nt_xent", "65536", "128 1024", "bfloat16", *dense)
     yield bench("snnl clip siglip", "16384", "256", "bfloat16 float16 float32", *dense, "memeff", "inf-cl", "siglip-kernel")
 
@@ -72,27 +75,40 @@ PARTS = {part.__name__: part for part in (build, tests, peers, sweep, profile)}
 FIRST = ["build", "tests", "peers"]
 
 
-def run(command: Command) -> bool:
+def run(command: Command, seconds: float) -> bool:
+    """Whether it ended well, in time; what it had started ends with it."""
     print("$", *command, flush=True)
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
+    environment = os.environ | {"PATH": path, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     try:
-        return subprocess.run(command, cwd=ROOT, timeout=SECONDS).returncode == 0
-    except (FileNotFoundError, subprocess.TimeoutExpired) as reason:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    except OSError as reason:
         print(reason)
+        return False
+    try:
+        return process.wait(seconds) == 0
+    except subprocess.TimeoutExpired as reason:
+        print(reason)
+        os.killpg(process.pid, signal.SIGKILL)
         return False
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=FIRST, help=" ".join(FIRST))
-    parts = parser.parse_args().part
+    parser.add_argument("--seconds", type=float, default=300, help="that a command may take; 300")
+    parser.add_argument("--results", help="the CSV file; bench/results/cuda.csv")
+    parser.add_argument("--commit", help="for the rows, where there is no git")
+    arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("gpu.py: expected a CUDA device, got none")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, nvcc {shutil.which('nvcc')}", flush=True)
+    given = [word for name in ("results", "commit") if (value := getattr(arguments, name)) for word in (f"--{name}", value)]
     lines, failed = [], 0
-    for part in parts:
+    for part in arguments.part:
         for command in PARTS[part]():
             begin = time.perf_counter()
-            passed = run(command)
+            passed = run([*command, *(given if "bench/run.py" in command else [])], arguments.seconds)
             failed += not passed
             lines.append(f"{part:8} {'passed' if passed else 'FAILED'} {time.perf_counter() - begin:6.0f} s  {' '.join(command)[:110]}")
     print(*lines, sep="\n")

@@ -80,6 +80,7 @@ def without_a_gpu() -> Iterator[None]:
         mock.patch.object(engines, "DEFAULT_BACKEND", "triton"),
     ):
         yield
+    triton.runtime.driver.reset_active()
 
 
 def seconds(case: Case, rounds: int) -> tuple[float, float, int]:

@@ -5,10 +5,11 @@
     python bench/run.py --device cuda --dtype bfloat16 --rows 256 512 1024 --graph
 
 Times: every provider once a round, in any order, in one process; the 20th, 50th and 80th percentile of the rounds and of
-the ratios to the counterparts in the same round. On CUDA by its events, of several sets of inputs in turn. Before, the loss
-and the gradients: where float64 is affordable their error against it has a row, and ours must be small; elsewhere all must agree
-with ours. Memory: on the CPU a child process each, the most held above the inputs. A counterpart that would take more than
---memory-limit is not run: its row says how many bytes it needs. One that fails has no row; the reason is printed.
+the ratios to the counterparts in the same round. On CUDA by its events, of several sets of inputs in turn (a graph keeps to one),
+in more rounds where they are short. Errors: where float64 is affordable, of the loss and the gradients against it; ours must be
+small there, elsewhere naive's must agree with ours, or the command fails in the end. Memory: on the CPU a child process each, the
+most held above the inputs. A counterpart that would take more than --memory-limit is not run: its row says how many bytes it
+needs. One that fails has no row; the reason is printed.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import csv
 import datetime
 import json
 import logging
+import os
 import platform
 import random
 import re
@@ -64,7 +66,9 @@ FEW_ROUNDS_FROM, FEW_ROUNDS = {"cpu": 16384, "cuda": 131072}, 3
 FLOAT64_UP_TO, SETS = {"cpu": 2048, "cuda": 16384}, {"cpu": 1, "cuda": 3}
 
 
+MOST_ROUNDS, SECONDS_OF_ROUNDS = 200, 1.0
 Step = Callable[[], Outcome | None]
+Rows = list[list[object]]
 
 
 def timed(step: Step, device: str) -> float:
@@ -90,37 +94,37 @@ def rounds_of(steps: dict[str, Step], device: str, rounds: int) -> dict[str, lis
     return seconds
 
 
-def outcomes_of(case: Case, providers: list[str], inputs: tuple[Tensor, ...]) -> tuple[dict[str, Outcome | None], dict[str, str]]:
+def outcomes_of(case: Case, steps: dict[str, Step]) -> tuple[dict[str, Outcome | None], dict[str, str]]:
     """The first step of every provider, and which engines served ours. Whoever fails is left out, but for ours."""
-    outcomes, used_by = {}, {}
-    for provider in providers:
+    outcomes, served = {}, {}
+    for provider, step in steps.items():
         with engines_used() as used:
             try:
-                outcomes[provider] = step_of(case, provider, [inputs])()
+                outcomes[provider] = step()
             except Exception as reason:
                 if provider == "pairloss":
                     raise
                 print(f"{case.id}: no {provider}: {type(reason).__name__}: {reason}", file=sys.stderr)
-        used_by[provider] = "+".join(sorted(used))
+        tuned = "triton" in used and os.environ.get("PAIRLOSS_AUTOTUNE") == "1"
+        served[provider] = "+".join(sorted(used)) + (", autotuned" if tuned else "")
     if engines.DEFAULT_BACKEND == engines.REFERENCE:
-        used_by["pairloss"] = engines.REFERENCE
-    return outcomes, used_by
+        served["pairloss"] = engines.REFERENCE
+    return outcomes, served
 
 
-def errors_of(case: Case, inputs: tuple[Tensor, ...], outcomes: dict[str, Outcome | None], limit: float) -> dict[str, float]:
-    """Of every provider against float64, or none where that is too large: then against ours. Raises where ours is wrong, or not naive's."""
+def errors_of(case: Case, inputs: tuple[Tensor, ...], outcomes: dict[str, Outcome | None], limit: float) -> tuple[dict[str, float], bool]:
+    """Of every provider against float64, or none where that is too large: then against ours. And whether ours is right, and naive's."""
     known = {name: outcome for name, outcome in outcomes.items() if outcome is not None}
     wide = case._replace(dtype=torch.float64)
     affordable = case.n <= FLOAT64_UP_TO[inputs[0].device.type] and bytes_needed(wide, "naive") <= limit
     right, beside = (truth(case, inputs), "float64") if affordable else (known.pop("pairloss"), "ours")
     errors = {name: error(outcome, right, case.dtype) for name, outcome in known.items()}
+    passed = True
     for name, value in errors.items():
         if not value <= (OUR_TOLERANCE if name == "pairloss" else TOLERANCE)[case.dtype]:
-            message = f"{case.id}: {name} differs from {beside} by {value:.2g} of a norm"
-            if name == "pairloss" or (name == "naive" and not affordable):
-                raise AssertionError(message)
-            print(message, file=sys.stderr)
-    return errors if affordable else {}
+            print(f"{case.id}: {name} differs from {beside} by {value:.2g} of a norm", file=sys.stderr)
+            passed &= name not in ("pairloss", "naive")
+    return errors if affordable else {}, passed
 
 
 def graphs_of(case: Case, steps: dict[str, Step]) -> dict[str, Step]:
@@ -209,8 +213,8 @@ def memory_in_child(case: Case, provider: str) -> int:
 
 def machine(device: str) -> str:
     if device == "cuda":
-        driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
-        return f"{torch.cuda.get_device_name()}, driver {driver.stdout.split()[0]}, CUDA {torch.version.cuda}"
+        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
+        return f"{torch.cuda.get_device_name()}, driver {driver}, CUDA {torch.version.cuda}"
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
         if line.startswith("model name"):
             return f"{line.split(':')[1].strip()}, {torch.backends.cpu.get_cpu_capability()}"
@@ -223,51 +227,60 @@ def percentiles(values: list[float]) -> list[str]:
     return [f"{v:.6g}" for v in (cuts[1], statistics.median(values), cuts[7])]
 
 
-def rows_of(case: Case, device: str, wanted: set[str], rounds: int, limit: float, graph: bool) -> Iterator[list[object]]:
-    head = [datetime.date.today().isoformat(), commit(), machine(device), device, torch.get_num_threads()]
-    head += [*map(installed, ("torch", "triton", "pytorch-metric-learning")), case.loss]
-    providers = []
+def rows_of(case: Case, head: list[object], device: str, wanted: set[str], rounds: int, limit: float, graph: bool) -> tuple[Rows, bool]:
+    """And whether the results were right."""
+    rows: Rows = []
+    head = [*head, case.loss]
+    size = [case.n, case.d, name_of(case.dtype)]
+    sets = [inputs_of(case, device, seed) for seed in range(SETS[device])]
+    steps = {}
     for provider in [name for name in providers_of(case.loss, device) if name in wanted]:
         reason = why_not(case, provider, device, limit)
         if reason is None:
-            providers.append(provider)
+            steps[provider] = step_of(case, provider, sets)
             continue
         print(f"{case.id}: no {provider}: {reason}", file=sys.stderr)
         if bytes_needed(case, provider) > limit:
-            needed = percentiles([bytes_needed(case, provider)])
-            yield [*head, provider, "", case.n, case.d, name_of(case.dtype), "bytes needed", *needed, 1]
-    sets = [inputs_of(case, device, seed) for seed in range(SETS[device])]
-    outcomes, engine = outcomes_of(case, providers, sets[0])
-    errors = errors_of(case, sets[0], outcomes, limit)
-    providers = list(outcomes)
+            rows.append([*head, provider, "", *size, "bytes needed", *percentiles([bytes_needed(case, provider)]), 1])
+    outcomes, engine = outcomes_of(case, steps)
+    errors, passed = errors_of(case, sets[0], outcomes, limit)
+    steps = {name: steps[name] for name in outcomes}
     outcomes.clear()
 
-    steps = {name: step_of(case, name, sets) for name in providers}
-    for step in steps.values():
-        step()
+    rounds = enough(steps, rounds, device)
     seconds = {"seconds": rounds_of(steps, device, rounds)}
     if graph:
         seconds["seconds as a graph"] = rounds_of(graphs_of(case, steps), device, rounds)
-    for provider in providers:
+    for provider, step in steps.items():
         by = engine[provider] or (f"{PACKAGES[provider][0]} {installed(PACKAGES[provider][0])}" if provider in PACKAGES else "")
-        what = [*head, provider, by, case.n, case.d, name_of(case.dtype)]
+        what = [*head, provider, by, *size]
         for quantity, measured in seconds.items():
             if provider not in measured:
                 continue
-            yield [*what, quantity, *percentiles(measured[provider]), rounds]
-            if provider == "pairloss":
-                for base in [name for name in measured if name != provider]:
-                    ratios = [ours / theirs for ours, theirs in zip(measured[provider], measured[base], strict=True)]
-                    yield [*what, f"{quantity} / {base}", *percentiles(ratios), rounds]
+            rows.append([*what, quantity, *percentiles(measured[provider]), rounds])
+            for base in [name for name in measured if name != provider and provider == "pairloss"]:
+                ratios = [ours / theirs for ours, theirs in zip(measured[provider], measured[base], strict=True)]
+                rows.append([*what, f"{quantity} / {base}", *percentiles(ratios), rounds])
         if provider in errors:
-            yield [*what, "error", *percentiles([errors[provider]]), 1]
+            rows.append([*what, "error", *percentiles([errors[provider]]), 1])
         if not provider.startswith("products"):
-            peak = memory_on_cuda(steps[provider]) if device == "cuda" else memory_in_child(case, provider)
-            yield [*what, "peak bytes", *percentiles([peak]), 1]
+            peak = memory_on_cuda(step) if device == "cuda" else memory_in_child(case, provider)
+            rows.append([*what, "peak bytes", *percentiles([peak]), 1])
+    return rows, passed
 
 
-def commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS).stdout.strip()
+def enough(steps: dict[str, Step], rounds: int, device: str) -> int:
+    """As many rounds as asked for; on CUDA, whose clocks rise with work, more of short ones. Also what warms up."""
+    round_of_all = sum(timed(step, device) for step in steps.values())
+    return rounds if device == "cpu" else max(rounds, min(MOST_ROUNDS, int(SECONDS_OF_ROUNDS / round_of_all)))
+
+
+def output_of(*command: str) -> str:
+    """What it prints, or nothing where it is not there."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=RESULTS).stdout.strip()
+    except OSError:
+        return ""
 
 
 def installed(package: str) -> str:
@@ -301,6 +314,7 @@ def arguments_of(command: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory-limit", type=float, help="GB for a counterpart; 6, or 80 %% of the GPU")
     parser.add_argument("--profile", action="store_true", help="print where ours spends its time, and no more")
     parser.add_argument("--results", type=Path, help="the CSV file; bench/results/DEVICE.csv")
+    parser.add_argument("--commit", default="", help="for the rows; git's")
     parser.add_argument("--memory-of", choices=PROVIDERS, help=argparse.SUPPRESS)
     return parser.parse_args(command)
 
@@ -325,14 +339,16 @@ def main() -> None:
     path = arguments.results or RESULTS / f"{device}.csv"
     limit = 1e9 * arguments.memory_limit if arguments.memory_limit else default_limit(device)
     failed = 0
+    head = [datetime.date.today().isoformat(), arguments.commit or output_of("git", "rev-parse", "--short", "HEAD"), machine(device)]
+    head += [device, torch.get_num_threads(), *map(installed, ("torch", "triton", "pytorch-metric-learning"))]
     for case in cases:
         rounds = arguments.rounds if case.n < FEW_ROUNDS_FROM[device] else min(FEW_ROUNDS, arguments.rounds)
         try:
-            rows = list(rows_of(case, device, {"pairloss", *arguments.providers}, rounds, limit, arguments.graph))
+            rows, passed = rows_of(case, head, device, {"pairloss", *arguments.providers}, rounds, limit, arguments.graph)
         except Exception:  # the other cases are worth having
             print(f"{case.id}:", traceback.format_exc(), file=sys.stderr)
-            failed += 1
-            continue
+            rows, passed = [], False
+        failed += not passed
         new = not path.exists()
         with path.open("a", newline="") as file:
             writer = csv.writer(file)

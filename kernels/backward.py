@@ -3,7 +3,7 @@ r"""The gradients of both primitives on a GPU, from the weights of row_stats.py 
     dx_i = sum_j W_ij y_j,  dbias_i = sum_j A_ij                               dy: the same with the sides swapped
 
 W is never materialised: its tiles are formed from the products again, and a row tile's gradient stays in registers; for large
-D a slab of W, of at most launch.SLAB_BYTES_OF_BOTH or one row of tiles, goes to the library's products, for both sides. No atomics,
+D a slab of W, of at most launch.SLAB_BYTES or one row of tiles, goes to the library's products, for both sides. No atomics,
 no host synchronisation.
 """
 

@@ -1,7 +1,7 @@
 """From a call to kernel launches: operands, the sums' reduction, grids. O(N D) PyTorch, no host synchronisation."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -21,9 +21,10 @@ from .vectors import id_ranges_kernel, largest_kernel, scaled_weights_kernel, to
 Result = TypeVar("Result")
 # As many as the forward kernel of row_stats has for x against itself.
 PROGRAMS = GROUPS * (GROUPS + 1) // 2
-# Weights of large D at a time, or one row of tiles (256 MiB at M = 1,048,576): about an L2 cache; for both sides' gradients more, as
-# each slab reads and writes the other side's once.
-SLAB_BYTES, SLAB_BYTES_OF_BOTH = 64 << 20, 256 << 20
+# Weights of large D at a time, or one row of tiles (256 MiB at M = 1,048,576): about an L2 cache, and where y's gradient is wanted
+# too, which each slab reads and writes once, more.
+SLAB_BYTES = {False: 64 << 20, True: 256 << 20}
+TORCH_ADDS_TO_FLOAT32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)  # products of half operands
 # Columns are padded to a multiple of this, so that every load is a whole 32 bytes.
 ALIGN = 16
 
@@ -36,7 +37,7 @@ class _Side:
         self.ids = ids  # [n]
         self.bias = bias  # [n]
         self.weights = weights  # g, scaled, and m [2, K, n], or of a pair sum g alone [n]; None: this side has none
-        self._ranges: dict[tuple[str, Tile], tuple[Tensor, Tensor]] = {}
+        self._ranges: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
 
     def id_ranges(self, tile: Tile) -> tuple[Tensor | None, Tensor | None]:
         """[2, T]: the least and the greatest id of every block_m rows, and of every block_n."""
@@ -53,7 +54,7 @@ class _Side:
         return self._in_tiles(weight_ranges_kernel, tile, self.weights, sets, {"p_weights": self.weights, "SETS": sets})
 
     def _in_tiles(self, kernel: Any, tile: Tile, like: Tensor, sets: int, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        key = kernel.__name__, tile
+        key = kernel.__name__, tile.block_m, tile.block_n
         if key not in self._ranges:
             n = len(self.rows)
             large, small = (like.new_empty(2, sets, cdiv(n, block)) for block in (tile.block_m, tile.block_n))
@@ -78,7 +79,8 @@ def row_stats_fwd(call: Call) -> Statistics:
         sums = [call.x.new_zeros(2, sets, size, dtype=call.dtype) for size in (n, m if call.both_sides else 0)]
         return sums[0][0].log(), sums[1][0].log(), sums[0], sums[1]
     x, y = _sides(call)
-    return _on_tile(tiles.FORWARD, x, y, lambda tile: _row_stats_fwd(call, x, y, tile))
+    kind = call.score, call.both_sides, call.cutoff is None, call.logit_bound <= NO_SHIFT
+    return _on_tile(tiles.FORWARD, x, y, lambda tile: _row_stats_fwd(call, x, y, tile), kind)
 
 
 def _row_stats_fwd(call: Call, x: _Side, y: _Side, tile: Tile) -> Statistics:
@@ -110,10 +112,11 @@ def _row_stats_fwd(call: Call, x: _Side, y: _Side, tile: Tile) -> Statistics:
     return row_logs, col_logs, row_sums, col_sums
 
 
-def _on_tile(table: tuple[tiles.Row, ...], x: _Side, y: _Side, launch: Callable[[Tile], Result]) -> Result:
+def _on_tile(table: tuple[tiles.Row, ...], x: _Side, y: _Side, launch: Callable[[Tile], Result], *kind: Hashable) -> Result:
+    """The launch on the tile of the table. Kind: what makes one launch another, besides the operands."""
     (n, d), m = x.rows.shape, len(y.rows)
-    kind = (launch.__qualname__, n.bit_length(), m.bit_length(), x.rows is y.rows, x.ids is None, x.bias is None)
-    tile = tiles.choose(table, d, x.rows.dtype, x.rows.device, kind, launch)
+    operands = n.bit_length(), m.bit_length(), x is y, *(v is None for side in (x, y) for v in (side.ids, side.bias, side.weights))
+    tile = tiles.choose(table, d, x.rows.dtype, x.rows.device, (launch.__qualname__, *operands, *kind), launch)
     assert tile is not None
     return launch(tile)
 
@@ -127,39 +130,36 @@ def _total(sums: Sums) -> tuple[Tensor, Tensor]:
     return total, logs
 
 
-def pair_sum_fwd(call: Call, over: str, term: str) -> Tensor:
-    n, m = call.x.shape[0], call.candidates.shape[0]
+def _pair_sums(call: Call, form: _Form, x: _Side, y: _Side) -> Tensor:
+    n, m = len(x.rows), len(y.rows)
     if n == 0 or m == 0:
-        return call.x.new_zeros(n, dtype=call.dtype)
-    x, y = _sides(call)
-    form = _Form(term, SETS.index(over))
-    return _on_tile(tiles.FORWARD, x, y, lambda tile: _pair_sum_fwd(call, form, x, y, tile))
+        return torch.zeros(n, dtype=torch.float32, device=x.rows.device)
 
+    def launch(tile: Tile) -> Tensor:
+        arguments = _arguments(call, x, y, tile, call.self_offset)
+        arguments |= {"TERM": form.term, "OVER": form.over, **_visits(form, arguments)}
+        t_x, t_y = arguments["T_X"], arguments["T_Y"]
+        groups = max(1, min(GROUPS, PROGRAMS // t_x, t_y))
+        sums = torch.empty(groups, n, dtype=torch.float32, device=x.rows.device)
+        arguments |= {"p_sums": sums, "SYMMETRIC": call.symmetric, "WHOLE_D": tile.block_d is None}
+        _launch(pair_sum_fwd_kernel, (t_x, groups), tile, arguments)
+        return sums.sum(0)
 
-def _pair_sum_fwd(call: Call, form: _Form, x: _Side, y: _Side, tile: Tile) -> Tensor:
-    arguments = _arguments(call, x, y, tile, call.self_offset)
-    arguments |= _form_arguments(form, arguments)
-    t_x, t_y = arguments["T_X"], arguments["T_Y"]
-    groups = max(1, min(GROUPS, PROGRAMS // t_x, t_y))
-    sums = torch.empty(groups, len(x.rows), dtype=torch.float32, device=x.rows.device)
-    arguments |= {"p_sums": sums, "SYMMETRIC": call.symmetric, "WHOLE_D": tile.block_d is None}
-    _launch(pair_sum_fwd_kernel, (t_x, groups), tile, arguments)
-    return sums.sum(0)
+    return _on_tile(tiles.FORWARD, x, y, launch, form)
 
 
 def row_stats_bwd(
     call: Call, row_sums: Tensor, row_grads: Tensor, col_sums: Tensor, col_grads: Tensor, needs: list[bool]
 ) -> list[Tensor | None]:
     sides = [(row_sums, row_grads), (col_sums, col_grads)]
-    return _grads(call, _Form(), sides if call.both_sides else sides[:1], needs)[0]
+    return _grads(call, _Form(), sides if call.both_sides else sides[:1], needs)[1]
 
 
 def pair_sum_fwd_bwd(call: Call, over: str, term: str, with_sums: bool, weights: Tensor | None, needs: list[bool]) -> SumsAndGrads:
-    if weights is None:
-        return pair_sum_fwd(call, over, term), [None] * len(needs)
     form = _Form(term, SETS.index(over), with_sums)
-    grads, sums = _grads(call, form, [(None, weights)], needs)
-    return pair_sum_fwd(call, over, term) if with_sums and sums is None else sums, grads
+    if weights is None:
+        return _pair_sums(call, form, *_sides(call)), [None] * len(needs)
+    return _grads(call, form, [(None, weights)], needs)
 
 
 def _scaled_weights(call: Call, sides: list[tuple[Tensor | None, Tensor]]) -> tuple[list[Tensor], Tensor]:
@@ -184,23 +184,24 @@ class _Wanted(NamedTuple):
 
 def _grads(
     call: Call, form: _Form, sides: list[tuple[Tensor | None, Tensor]], needs: list[bool]
-) -> tuple[list[Tensor | None], Tensor | None]:
-    """And the sums, if they came with the weights."""
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """And the sums of a pair sum before them, where they are wanted."""
     (row_weights, *others), unscale = _scaled_weights(call, sides)
     x, y = _sides(call, row_weights, others[0] if others else None)
     to_x, to_y, _, to_row_bias, to_col_bias = needs
     of_x, of_y = _Wanted(to_x, to_row_bias), _Wanted(to_y and not call.symmetric, to_col_bias and not call.symmetric)
-    offset, sums = call.self_offset, None
+    offset = call.self_offset
     back = None if offset is None else -offset
     in_registers = tiles.choose(tiles.BACKWARD, x.rows.shape[1], x.rows.dtype, x.rows.device) is not None
     if in_registers or not (len(x.rows) and len(y.rows)):
         dx, drow_bias = _side_grads(call, form, x, y, offset, of_x, unscale)
         dy, dcol_bias = _side_grads(call, form, y, x, back, of_y, unscale)
+        sums = _pair_sums(call, form, x, y) if form.with_sums else None
     elif any(of_x) or form.with_sums:
-        dx, drow_bias, dy, dcol_bias, sums = _by_slabs(call, form, x, y, offset, of_x, of_y, unscale)
+        dx, drow_bias, dy, dcol_bias, sums = _grads_by_slabs(call, form, x, y, offset, of_x, of_y, unscale)
     else:
-        dy, dcol_bias, dx, drow_bias, _ = _by_slabs(call, form, y, x, back, of_y, of_x, unscale)
-    return [dx, dy, None, drow_bias, dcol_bias], sums
+        dy, dcol_bias, dx, drow_bias, sums = _grads_by_slabs(call, form, y, x, back, of_y, of_x, unscale)
+    return sums, [dx, dy, None, drow_bias, dcol_bias]
 
 
 def _side_grads(
@@ -211,82 +212,85 @@ def _side_grads(
     if not any(wanted):
         return None, None
     float32 = {"dtype": torch.float32, "device": x.rows.device}
-    if n == 0 or m == 0:
-        dx, dbias = torch.zeros(n, d, **float32), torch.zeros(n, **float32)
-        return _given(dx, call) if wanted.rows else None, dbias if wanted.bias else None
 
     def launch(tile: Tile) -> tuple[Tensor, Tensor]:
         dx, dbias = torch.empty(n, d, **float32), torch.empty(n if wanted.bias else 0, **float32)
-        arguments = _weight_arguments(call, form, x, y, tile, self_offset, wanted.bias)
-        arguments |= {"p_unscale": unscale, "p_dx": dx, "p_dbias": dbias}
+        arguments = _weight_arguments(call, form, x, y, tile, self_offset)
+        arguments |= {"BIAS_GRAD": wanted.bias, "p_unscale": unscale, "p_dx": dx, "p_dbias": dbias, **_visits(form, arguments)}
         _launch(grads_kernel, (cdiv(n, tile.block_m),), tile, arguments)
         return dx, dbias
 
-    dx, dbias = _on_tile(tiles.BACKWARD, x, y, launch)
-    return _given(dx, call) if wanted.rows else None, dbias if wanted.bias else None
+    if n == 0 or m == 0:
+        dx, dbias = torch.zeros(n, d, **float32), torch.zeros(n, **float32)
+    else:
+        dx, dbias = _on_tile(tiles.BACKWARD, x, y, launch, form, call.score, call.cutoff is None, wanted.bias)
+    return _unpadded(dx, call) if wanted.rows else None, dbias if wanted.bias else None
 
 
-def _by_slabs(
+def _grads_by_slabs(
     call: Call, form: _Form, x: _Side, y: _Side, self_offset: int | None, of_x: _Wanted, of_y: _Wanted, unscale: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The gradients of both sides' rows and biases from the same weights, W y, A 1, W^T x and A^T 1, and the sums."""
-    return _on_tile(tiles.WEIGHTS, x, y, lambda tile: _by_slabs_of(call, form, x, y, tile, self_offset, of_x, of_y, unscale))
-
-
-def _by_slabs_of(
-    call: Call, form: _Form, x: _Side, y: _Side, tile: Tile, self_offset: int | None, of_x: _Wanted, of_y: _Wanted, unscale: Tensor
-) -> tuple[Tensor | None, ...]:
+    if not (any(of_x) or any(of_y) or form.with_sums):
+        return None, None, None, None, None
     (n, d), m = x.rows.shape, len(y.rows)
-    t_y, stride = cdiv(m, tile.block_n), cdiv(m, ALIGN) * ALIGN
-    slab_bytes = SLAB_BYTES_OF_BOTH if of_x.rows and of_y.rows else SLAB_BYTES
-    size = min(max(1, slab_bytes // (stride * x.rows.itemsize * tile.block_m)) * tile.block_m, n)
-    float32 = {"dtype": torch.float32, "device": x.rows.device}
-    slab = x.rows.new_empty(size, stride)
-    sums = torch.empty(n if form.with_sums else 0, **float32)
-    dx, dbias_x = torch.empty(n if of_x.rows else 0, d, **float32), torch.empty(n if of_x.bias else 0, **float32)
-    dy, dbias_y = torch.zeros(m if of_y.rows else 0, d, **float32), torch.zeros(m if of_y.bias else 0, **float32)
-    # Of a slab, of every tile of the other side.
-    part_x, part_sums = (torch.empty(t_y, size if wanted else 0, **float32) for wanted in (of_x.bias, form.with_sums))
-    part_y = torch.empty(cdiv(size, tile.block_m), m if of_y.bias else 0, **float32)
-    arguments = _weight_arguments(call, form, x, y, tile, self_offset, of_x.bias)
-    arguments |= {"p_slab": slab, "stride_slab": stride, "p_dbias": part_x, "p_dbias_y": part_y, "p_sums": part_sums, "stride_part": size}
-    arguments |= {"BIAS_GRAD_Y": of_y.bias, "WITH_SUMS": form.with_sums}
-    for begin in range(0, n, size):
-        end = min(begin + size, n)
-        span = cdiv(end - begin, tile.block_m)
-        _launch(weights_kernel, (span * t_y,), tile, arguments | {"i_first": begin // tile.block_m, "span_x": span})
-        weights = slab[: end - begin, :m]
-        if of_x.rows:
-            dx[begin:end] = _product(weights, y.rows)
-        if of_y.rows:
-            _add_product(dy, weights.T, x.rows[begin:end])
-        for total, part in ((dbias_x, part_x), (sums, part_sums)):
-            if len(total):
-                total[begin:end] = part[:, : end - begin].sum(0)
-        if of_y.bias:
-            dbias_y += part_y[:span].sum(0)
-    results = (dx, of_x.rows), (dbias_x, of_x.bias), (dy, of_y.rows), (dbias_y, of_y.bias)
-    return *(_given(grad.mul_(unscale), call) if wanted else None for grad, wanted in results), sums if form.with_sums else None
+    stride = cdiv(m, ALIGN) * ALIGN
+
+    def launch(tile: Tile) -> tuple[Tensor, ...]:
+        tiles_in_slab = max(1, SLAB_BYTES[of_y.rows] // (stride * x.rows.itemsize * tile.block_m))
+        size = min(tiles_in_slab * tile.block_m, n)
+        slab, float32 = x.rows.new_empty(size, stride), x.rows.new_empty(0, dtype=torch.float32)
+        dx, dy = float32.new_empty(n if of_x.rows else 0, d), float32.new_zeros(m if of_y.rows else 0, d)
+        dbias_x, dbias_y = float32.new_empty(n if of_x.bias else 0), float32.new_zeros(m if of_y.bias else 0)
+        sums = float32.new_empty(n if form.with_sums else 0)
+        # Of every tile of the other side.
+        part_x, part_sums = (float32.new_empty(cdiv(m, tile.block_n), size if wanted else 0) for wanted in (of_x.bias, form.with_sums))
+        part_y = float32.new_empty(cdiv(size, tile.block_m), len(dbias_y))
+        arguments = _weight_arguments(call, form, x, y, tile, self_offset)
+        arguments |= {"BIAS_GRAD": of_x.bias, "BIAS_GRAD_Y": of_y.bias, "WITH_SUMS": form.with_sums, "p_slab": slab, "stride_slab": stride}
+        arguments |= {"p_dbias": part_x, "p_dbias_y": part_y, "p_sums": part_sums, "stride_part": size}
+        for begin in range(0, n, size):
+            end = min(begin + size, n)
+            span = cdiv(end - begin, tile.block_m)
+            grid = (span * arguments["T_Y"],)
+            _launch(weights_kernel, grid, tile, arguments | {"i_first": begin // tile.block_m, "span_x": span})
+            weights = slab[: end - begin, :m]
+            if of_x.rows:
+                _multiply(weights, y.rows, dx[begin:end], 0)
+            if of_y.rows:
+                _multiply(weights.T, x.rows[begin:end], dy, 1)
+            if of_x.bias:
+                dbias_x[begin:end] = part_x[:, : end - begin].sum(0)
+            if of_y.bias:
+                dbias_y += part_y[:span].sum(0)
+            if form.with_sums:
+                sums[begin:end] = part_sums[:, : end - begin].sum(0)
+        return dx, dbias_x, dy, dbias_y, sums
+
+    dx, dbias_x, dy, dbias_y, sums = _on_tile(tiles.WEIGHTS, x, y, launch, form, call.score, call.cutoff is None, of_x, of_y)
+    for grad in (dx, dbias_x, dy, dbias_y):
+        grad *= unscale
+    return (
+        _unpadded(dx, call) if of_x.rows else None,
+        dbias_x if of_x.bias else None,
+        _unpadded(dy, call) if of_y.rows else None,
+        dbias_y if of_y.bias else None,
+        sums if form.with_sums else None,
+    )
 
 
-def _given(grad: Tensor, call: Call) -> Tensor:
-    """Of rows: without the columns that were added."""
-    return grad[:, : call.x.shape[1]].contiguous() if grad.ndim == 2 else grad
+def _unpadded(rows: Tensor, call: Call) -> Tensor:
+    return rows[:, : call.x.shape[1]].contiguous()
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32."""
-    if a.dtype != torch.float32 and a.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b in float32."""
-    if a.dtype != torch.float32 and a.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+def _multiply(a: Tensor, b: Tensor, to: Tensor, beta: int) -> None:
+    """to = a @ b + beta to, in float32."""
+    if a.dtype == torch.float32:
+        torch.addmm(to, a, b, beta=beta, out=to)
+    elif a.is_cuda and TORCH_ADDS_TO_FLOAT32:
+        torch.addmm(to, a, b, out_dtype=torch.float32, beta=beta, out=to)
     else:
-        total.addmm_(a.float(), b.float())
+        torch.addmm(to, a.float(), b.float(), beta=beta, out=to)
 
 
 def scaled_rows_fwd(rows: Tensor, norm: Tensor, order: Tensor | None, product_dtype: torch.dtype) -> Tensor:
@@ -388,29 +392,30 @@ def _score_arguments(call: Call) -> dict[str, Any]:
     }
 
 
-def _form_arguments(form: _Form, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What sums of one set take besides; row_stats visits all tiles."""
+def _visits(form: _Form, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What sums of one set take besides, to visit tiles that have its pairs; row_stats visits all."""
     visited = None
     if form.term != "exp" and arguments["SETS"] == 2:
         visited = visits(form.over, arguments["p_range_x"], arguments["p_range_y"])
-    return {"p_visits": visited, "TERM": form.term, "OVER": form.over, "HAS_VISITS": visited is not None}
+    return {"p_visits": visited, "HAS_VISITS": visited is not None}
 
 
-def _weight_arguments(call: Call, form: _Form, x: _Side, y: _Side, tile: Tile, self_offset: int | None, bias_grad: bool) -> dict[str, Any]:
+def _weight_arguments(call: Call, form: _Form, x: _Side, y: _Side, tile: Tile, self_offset: int | None) -> dict[str, Any]:
     """What the kernels of the backward pass take: x is the side whose gradients are wanted."""
-    arguments = _arguments(call, x, y, tile, self_offset) | _score_arguments(call)
     log_sums_x = log_sums_y = None
     if form.term == "exp":
         (log_sums_x, _), (_, log_sums_y) = x.log_sum_ranges(tile), y.log_sum_ranges(tile)
-    return arguments | {
-        **_form_arguments(form, arguments),
+    return {
+        **_arguments(call, x, y, tile, self_offset),
+        **_score_arguments(call),
         "p_weights_x": x.weights,
         "p_weights_y": y.weights,
         "p_log_sums_x": log_sums_x,
         "p_log_sums_y": log_sums_y,
+        "TERM": form.term,
+        "OVER": form.over,
         "ROLE_X": x.weights is not None,
         "ROLE_Y": y.weights is not None,
-        "BIAS_GRAD": bias_grad,
     }
 
 

@@ -184,10 +184,11 @@ def can_wait(device: torch.device) -> bool:
 
 
 def seconds_of(launch: Callable[[Tile], Any], tile: Tile) -> float:
-    """Infinite where the tile takes more than the device has."""
+    """Infinite where the tile takes more than the device has, or Triton fails to compile it."""
     try:
         return 1e-3 * triton.testing.do_bench(lambda: launch(tile), warmup=10, rep=50, return_mode="median")
-    except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
+    except Exception as reason:
+        _logger.warning("%s is left out: %s: %s", tile, type(reason).__name__, reason)
         return float("inf")
 
 

@@ -76,3 +76,11 @@ def test_sweep_finds_the_tile_where_its_product_begins_before_the_loop():
     """As on sm_100, where the way back to that product by the loop over rows, past all tiles, is the shorter one."""
     (candidate,) = aot.sweep(100, torch.bfloat16, 128, "row_stats_fwd", ["ids"], [Tile(64, 64, None, 8, 2)])
     assert candidate.clocks["ids"]["mufu"] == pytest.approx(1000 / 16)
+
+
+@pytest.mark.parametrize("d", [64, 512])
+@pytest.mark.parametrize("dtype", aot.DTYPES.values(), ids=str)
+def test_launchers_give_kernels_their_parameters(dtype, d):
+    """And no others, which Triton refuses: its interpreter drops them."""
+    for launch in aot.launches(90, dtype, d, aot.MODES):
+        assert set(launch.arguments) == {parameter.name for parameter in launch.kernel.params}, launch.kernel.__name__

@@ -77,11 +77,14 @@ def test_wide_rows(engine, primitive, dtype):
 @pytest.mark.parametrize("engine", TILED, ids=lambda engine: "-".join(engine))
 def test_wide_rows_of_two_sets(engine, dtype, primitive, wanted, monkeypatch):
     """The gradients of both sides or of one, from more than one slab of weights, and the sums that come with them."""
+    launched = []
     if engine.name == "triton":
         from pairloss.kernels import launch
 
-        for name in ("SLAB_BYTES", "SLAB_BYTES_OF_BOTH"):
-            monkeypatch.setattr(launch, name, 2 * 16 * 32 * dtype.itemsize)  # two tiles of rows: 40 are two and a half
+        _launch = launch._launch
+        monkeypatch.setattr(launch, "_launch", lambda kernel, *how: (launched.append(kernel.__name__), _launch(kernel, *how)))
+        two_tiles = 2 * 16 * 32 * dtype.itemsize  # of rows: 40 are two and a half
+        monkeypatch.setattr(launch, "SLAB_BYTES", {False: two_tiles, True: two_tiles})
     generator = torch.Generator().manual_seed(0)
     sizes = {"x": (40, WIDE), "y": (29, WIDE), "row_bias": (40,), "col_bias": (29,)}
     given = {name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
@@ -105,6 +108,9 @@ def test_wide_rows_of_two_sets(engine, dtype, primitive, wanted, monkeypatch):
     eager = run("reference", "cpu", torch.float32, dtype)
     with tiles(16):
         ours = run(engine.name, engine.device, torch.float32, dtype)
+    if engine.name == "triton":  # one pass for both sides, and for the sums
+        assert launched.count("weights_kernel") == 2
+        assert "pair_sum_fwd_kernel" not in launched
     for name, *values in zip(("total", *wanted), ours, truth, eager, strict=True):
         assert_rule(name, *values, dtype)
 
@@ -303,6 +309,42 @@ def test_launches_of_a_step(engine, form, operations, kernels):
     with mock.patch.object(launch, "_launch", side_effect=written) as launched:
         assert count_operations(engine, form) <= operations
     assert launched.call_count <= kernels
+
+
+def other_tiles():
+    if importlib.util.find_spec("triton") is None:
+        return []
+    from pairloss.kernels import tiles as table
+
+    tables = {"FORWARD": table.FORWARD, "BACKWARD": table.BACKWARD, "WEIGHTS": table.WEIGHTS}
+    return list(dict.fromkeys((name, row.bits, tile) for name, rows in tables.items() for row in rows for tile in row.others))
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize(("name", "bits", "tile"), other_tiles(), ids=str)
+@pytest.mark.parametrize("engine", TRITON, ids="-".join)
+def test_other_tiles_give_the_same(engine, name, bits, tile, monkeypatch):
+    """Those that PAIRLOSS_AUTOTUNE=1 may take."""
+    from pairloss.kernels import tiles as table
+
+    choose = table.choose
+    monkeypatch.setattr(table, "choose", lambda of, *how: tile if of is getattr(table, name) else choose(of, *how))
+    dtype = torch.float16 if bits == 16 else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(140, WIDE if name == "WEIGHTS" else 24, generator=generator)).to(dtype).double()
+    ids = torch.arange(140) // 30
+
+    def run(backend: str, device: str, to: torch.dtype, product_dtype: torch.dtype):
+        leaf = x.to(device, to).requires_grad_()
+        rows, _ = row_stats(leaf, None, ids.to(device), None, 0, product_dtype=product_dtype, backend=backend)
+        weights = torch.linspace(0.5, 1, rows.numel(), dtype=to, device=device).view_as(rows)
+        return rows.detach(), torch.autograd.grad((rows * weights).sum(), leaf)[0]
+
+    truth = run("reference", "cpu", torch.float64, torch.float64)
+    eager = run("reference", "cpu", torch.float32, dtype)
+    ours = run(engine.name, engine.device, torch.float32, dtype)
+    for what, *values in zip(("values", "gradient"), ours, truth, eager, strict=True):
+        assert_rule(what, *values, dtype)
 
 
 @needs_triton
