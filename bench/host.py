@@ -1,4 +1,4 @@
-"""What the host does in a step while a GPU waits for it: python bench/host.py [--rows 64] [--dtype bfloat16]
+"""What the host does in a step while a GPU waits for it: python bench/host.py [--rows 64] [--columns 128] [--dtype bfloat16]
 
 Without a GPU: engine "triton" compiles for sm_90 and launches as always, on tensors of the CPU, but the driver's launch does nothing.
 So PyTorch's operations, which compute here and are only started on a GPU, count with what they take for so few rows; results are rubbish.
@@ -72,7 +72,7 @@ class Driver(DriverBase):
 
 @contextlib.contextmanager
 def without_a_gpu() -> Iterator[None]:
-    triton.runtime.driver.set_active(Driver())
+    triton.runtime.driver.set_active(Driver())  # for good: to go back to a driver, Triton must find one
     limits = tiles.Limits(ARCHITECTURE, SHARED_MEMORY - tiles.RESERVED)
     with (
         mock.patch.object(pairloss.kernels, "_wrong_device", return_value=None),
@@ -80,7 +80,6 @@ def without_a_gpu() -> Iterator[None]:
         mock.patch.object(engines, "DEFAULT_BACKEND", "triton"),
     ):
         yield
-    triton.runtime.driver.reset_active()
 
 
 def seconds(case: Case, rounds: int) -> tuple[float, float, int]:
@@ -108,13 +107,15 @@ def seconds(case: Case, rounds: int) -> tuple[float, float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--columns", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--rounds", type=int, default=300)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with without_a_gpu():
         for loss in ("snnl", "nt_xent", "supcon", "circle", "clip", "siglip"):
-            step, part, count = seconds(Case(loss, arguments.rows, 128, getattr(torch, arguments.dtype)), arguments.rounds)
+            case = Case(loss, arguments.rows, arguments.columns, getattr(torch, arguments.dtype))
+            step, part, count = seconds(case, arguments.rounds)
             print(f"{loss:8} {1e6 * step:5.0f} us, of which {count} launches {1e6 * part:4.0f}")
 
 
