@@ -19,7 +19,6 @@ import os
 import re
 import subprocess
 import tempfile
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ import torch
 import triton
 from pairloss.kernels import launch as host
 from pairloss.kernels import tiles
+from sass import Code, count
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
@@ -94,77 +94,7 @@ class Report:
     loop_matrix: int
     mufu: int
     programs: int  # that a multiprocessor can hold at a time
-    code: "Code" = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Code:
-    instructions: list[str]
-    after: list[list[int]]  # the instructions that may follow each
-
-    @classmethod
-    def of(cls, sass: str) -> "Code":
-        instructions: list[str] = []
-        labels: dict[str, int] = {}
-        for line in sass.splitlines():
-            if match := re.match(r"(\.L_x_\d+):", line):
-                labels[match[1]] = len(instructions)
-            elif match := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;", line):
-                instructions.append(match[1])
-        after = []
-        for number, line in enumerate(instructions):
-            branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
-            leaves = re.match(r"BRA `|EXIT|RET", line) is not None  # without a condition
-            following = [] if leaves or number + 1 == len(instructions) else [number + 1]
-            after.append(following + ([labels[branch[1]]] if branch else []))
-        return cls(instructions, after)
-
-    def opcodes(self, where: Iterable[int]) -> list[str]:
-        """Without the predicate before and the operands behind."""
-        return [re.sub(r"^@\S+\s+", "", self.instructions[number]).split()[0] for number in where]
-
-    def loops(self) -> list[set[int]]:
-        """What each branch back can run again."""
-        before: list[list[int]] = [[] for _ in self.after]
-        for number, targets in enumerate(self.after):
-            for target in targets:
-                before[target].append(number)
-        back = [(begin, end) for end, targets in enumerate(self.after) for begin in targets if begin <= end]
-        return [_reached(begin, self.after) & _reached(end, before, begin) for begin, end in back]
-
-    def shortest(self, start: int, ends: set[int]) -> list[int]:
-        """The fewest instructions from start, inclusive, to one of ends, exclusive; none if there is no way."""
-        came_from: dict[int, int] = {}
-        queue = deque([start])
-        while queue:
-            number = queue.popleft()
-            for target in self.after[number]:
-                if target in ends:
-                    way = [number]
-                    while way[-1] != start:
-                        way.append(came_from[way[-1]])
-                    return way[::-1]
-                if target not in came_from:
-                    came_from[target] = number
-                    queue.append(target)
-        return []
-
-    def without(self, loop: list[int]) -> "Code":
-        """Without the branch by which this way around a loop goes back."""
-        back = {(number, target) for number, target in zip(loop, loop[1:] + loop[:1], strict=True) if target <= number}
-        after = [[target for target in targets if (number, target) not in back] for number, targets in enumerate(self.after)]
-        return Code(self.instructions, after)
-
-
-def _reached(start: int, following: list[list[int]], last: int | None = None) -> set[int]:
-    """From start, inclusive, and not past `last`."""
-    seen, waiting = {start}, [start]
-    while waiting:
-        number = waiting.pop()
-        new = set() if number == last else set(following[number]) - seen
-        seen |= new
-        waiting.extend(new)
-    return seen
+    code: Code = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -273,11 +203,11 @@ def report(kernel: CompiledKernel, arch: int) -> Report:
     return Report(
         registers=registers,
         shared=meta.shared,
-        spills=_count("LDL|STL", everywhere),
-        loop_spills=_count("LDL|STL", in_loops),
-        matrix=_count(MATRIX[arch], everywhere),
-        loop_matrix=_count(MATRIX[arch], in_loops),
-        mufu=_count("MUFU", everywhere),
+        spills=count("LDL|STL", everywhere),
+        loop_spills=count("LDL|STL", in_loops),
+        matrix=count(MATRIX[arch], everywhere),
+        loop_matrix=count(MATRIX[arch], in_loops),
+        mufu=count("MUFU", everywhere),
         programs=_programs(registers, meta.num_warps, meta.shared, meta.tmem_size, arch),
         code=code,
     )
@@ -285,10 +215,6 @@ def report(kernel: CompiledKernel, arch: int) -> Report:
 
 def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([os.path.join(TOOLS, name), *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def _count(instruction: str, opcodes: Iterable[str]) -> int:
-    return sum(re.fullmatch(instruction, opcode.split(".")[0]) is not None for opcode in opcodes)
 
 
 def _programs(registers: int, warps: int, shared: int, tensor_memory: int, arch: int) -> int:
@@ -304,7 +230,7 @@ def executed(launch: Launch, seen: Report, arch: int) -> list[int]:
     pairs of both sets, pairs left out, and weights far apart."""
     code = seen.code
     product = MATRIX[arch] if seen.matrix else "FFMA2?"
-    products = {number for number, opcode in enumerate(code.opcodes(range(len(code.after)))) if _count(product, [opcode])}
+    products = {number for number, opcode in enumerate(code.opcodes(range(len(code.after)))) if count(product, [opcode])}
     innermost = min((loop for loop in code.loops() if loop & products), key=len)
     way = min(filter(None, (code.shortest(number, {number}) for number in innermost & products)), key=len)
     if launch.tile.block_d is None:
@@ -341,16 +267,16 @@ def clocks(launch: Launch, seen: Report, arch: int) -> dict[str, float]:
         if match := re.search(r"HGMMA\.64x(\d+)x\S+ R\d+, (gdesc)?", line):
             read += tile.num_warps / 4 * 32 * (int(match[1]) + (64 if match[2] else 0))
     # 128 bytes an access, or more where the lanes' words differ for certain; neighbours often load the same
-    widths = [opcode.split(".")[-1] for opcode in opcodes if _count("LDSM|STSM?", [opcode])]
-    accesses = sum({"64": 2, "128": 4, "2": 2, "4": 4}.get(width, 1) for width in widths) + _count("LDS|SHFL", opcodes)
+    widths = [opcode.split(".")[-1] for opcode in opcodes if count("LDSM|STSM?", [opcode])]
+    accesses = sum({"64": 2, "128": 4, "2": 2, "4": 4}.get(width, 1) for width in widths) + count("LDS|SHFL", opcodes)
 
     threads = 32 * tile.num_warps
-    multiply_add = _count("FADD|FMUL|FFMA", opcodes) + 2 * _count("FADD2|FMUL2|FFMA2", opcodes)
+    multiply_add = count("FADD|FMUL|FFMA", opcodes) + 2 * count("FADD2|FMUL2|FFMA2", opcodes)
     busy = {
         "matrix": matrix * size / 2 / rates.matrix,
-        "mufu": threads * _count("MUFU", opcodes) / rates.mufu,
-        "fma": threads * (multiply_add / rates.fma + _count("IMAD", opcodes) / rates.alu),
-        "alu": threads * _count(ALU, opcodes) / rates.alu,
+        "mufu": threads * count("MUFU", opcodes) / rates.mufu,
+        "fma": threads * (multiply_add / rates.fma + count("IMAD", opcodes) / rates.alu),
+        "alu": threads * count(ALU, opcodes) / rates.alu,
         "issue": tile.num_warps * len(way) / ISSUE,
         "shared": (4 * threads * accesses + read + loaded) / rates.shared,
         "l2": (loaded + stored) / rates.l2,
