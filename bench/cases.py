@@ -32,8 +32,6 @@ PROVIDERS = ("pairloss", "pairloss-cuda", "products", "products-float32", "naive
 CUDA_ONLY = ("pairloss-cuda", "compiled", "memeff", "inf-cl", "siglip-kernel")
 # Relative to the norm: in float32 neighbours of rank TOP_K may trade places, and eager bfloat16 rounds its logits.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
-# Beside float64, which has the same rows.
-OUR_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.02}
 
 
 class Case(NamedTuple):

@@ -1,7 +1,8 @@
 """Draws time, memory, and time over that of the products, against N from the newest rows of bench/results/cpu.csv into docs/growth.png.
 
-python bench/plot.py
-python bench/plot.py --results bench/results/cuda.csv --dtype bfloat16 --columns 512 --out growth.png
+Of another file, dtype or D:
+
+    python bench/plot.py --results bench/results/cuda.csv --dtype bfloat16 --columns 512 --out growth.png
 """
 
 import argparse

@@ -115,8 +115,8 @@ def _row_stats_fwd(call: Call, x: _Side, y: _Side, tile: Tile) -> Statistics:
 def _on_tile(table: tuple[tiles.Row, ...], x: _Side, y: _Side, launch: Callable[[Tile], Result], *kind: Hashable) -> Result:
     """The launch on the tile of the table. Kind: what makes one launch another, besides the operands."""
     (n, d), m = x.rows.shape, len(y.rows)
-    operands = n.bit_length(), m.bit_length(), x is y, *(v is None for side in (x, y) for v in (side.ids, side.bias, side.weights))
-    tile = tiles.choose(table, d, x.rows.dtype, x.rows.device, (launch.__qualname__, *operands, *kind), launch)
+    sizes, given = (n.bit_length(), m.bit_length()), (v is None for side in (x, y) for v in (side.ids, side.bias, side.weights))
+    tile = tiles.choose(table, d, x.rows.dtype, x.rows.device, (launch.__qualname__, *sizes, x is y, *given, *kind), launch)
     assert tile is not None
     return launch(tile)
 

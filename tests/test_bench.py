@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import INTERPRETED
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import cases
 import gpu
 import run
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing here is interpreted")
 ROOT = gpu.ROOT
 HEAD = ["today", "commit", "machine", "cpu", 1, "torch", "triton", "pml"]
 SMALL = cases.Case("clip", 64, 16, torch.float32)
@@ -30,11 +28,12 @@ def rows(case, limit=1e9):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("loss", cases.LOSSES)
-def test_ours_are_near_float64(loss, dtype):
+def test_ours_keep_the_error_rule(loss, dtype):
     case = cases.Case(loss, 130, 16, dtype)
     inputs = cases.inputs_of(case, "cpu")
-    error = cases.error(cases.step_of(case, "pairloss", [inputs])(), cases.truth(case, inputs), dtype)
-    assert 0 < error <= cases.OUR_TOLERANCE[dtype]
+    errors, passed = run.errors_of(case, inputs, {"pairloss": cases.step_of(case, "pairloss", [inputs])()}, 1e9)
+    assert errors["pairloss"] > 0
+    assert passed
 
 
 def test_a_case_has_times_ratios_errors_and_memory():
@@ -135,11 +134,9 @@ def test_the_table_of_cases(tmp_path):
     assert large["naive, ms"] == "over memory"
 
 
-@pytest.mark.parametrize(
-    ("command", "passes"), [(["true"], True), (["false"], False), (["no-such-command"], False), (["sleep", "30"], False)]
-)
-def test_a_command_for_a_gpu_ends_in_time_and_says_how(command, passes):
-    assert gpu.run(command, 0.5) is passes
+@pytest.mark.parametrize("command", ["true", "false", "no-such-command", "sleep 30"])
+def test_a_command_for_a_gpu_ends_in_time_and_says_how(command):
+    assert gpu.run(command.split(), 0.5) is (command == "true")
 
 
 @pytest.mark.parametrize("loss", ["supcon", "circle"])

@@ -348,7 +348,6 @@ def test_other_tiles_give_the_same(engine, name, bits, tile, monkeypatch):
 
 
 @needs_triton
-@pytest.mark.skipif(INTERPRETED, reason="host code, tested without the interpreter")
 def test_autotune_takes_the_fastest_tile_and_looks_once(monkeypatch):
     from pairloss.kernels import launch
     from pairloss.kernels import tiles as table
@@ -383,7 +382,6 @@ def test_autotune_takes_the_fastest_tile_and_looks_once(monkeypatch):
 
 
 @needs_triton
-@pytest.mark.skipif(INTERPRETED, reason="host code, tested without the interpreter")
 def test_a_tile_that_does_not_fit_is_never_the_fastest(monkeypatch):
     import triton
     from pairloss.kernels import tiles as table
