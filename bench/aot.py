@@ -257,7 +257,8 @@ def clocks(launch: Launch, seen: Report, arch: int) -> dict[str, float]:
     # tcgen05 takes as long for 64 rows as for 128 (assumed), and reads its columns again for every 128.
     blocks = -(-tile.block_m // 128) if arch == 100 else tile.block_m / 128
     matrix = 2 * products * d * tile.block_n * 128 * blocks if seen.matrix else 0.0
-    loaded = d * size * (tile.block_n if tile.block_d is None else tile.block_m + tile.block_n)
+    visited = tile.block_m if launch.kernel.__name__ == "row_stats_fwd_kernel" else tile.block_n
+    loaded = d * size * (visited if tile.block_d is None else tile.block_m + tile.block_n)
     stored = pairs * size if "p_slab" in launch.arguments else 0
     read = 0.0  # from shared memory by matrix instructions; sm_80 loads registers first
     if arch == 100:  # the rows of the second product, weights, are in tensor memory
@@ -315,13 +316,15 @@ def grid(arch: int, dtype: torch.dtype, d: int, kernel: str, tile: tiles.Tile) -
     """The tile and others like it."""
     result = {tile}
     steps = {tile.block_d, None if kernel == "row_stats_fwd" else tile.block_d}
-    for m, n, step, warps, stages in itertools.product((64, 128, 256), (32, 64, 128), steps, (4, 8), (2, 3, 4)):
+    sizes = (32, 64, 128, 256)
+    rows = sizes if arch < 90 or dtype == torch.float32 else sizes[1:]  # wgmma and tcgen05 take 64 at least
+    for m, n, step, warps, stages in itertools.product(rows, sizes, steps, (4, 8), (2, 3, 4)):
         other = tiles.Tile(m, n, step, warps, stages)
         sums = m * n + (m * tiles.padded(d) if kernel == "grads" and arch < 100 else 0)
         if (
             m * n // (32 * warps) in PAIRS_A_THREAD
             and sums // (32 * warps) <= SUMS_A_THREAD
-            and (kernel != "row_stats_fwd" or m % n == 0)
+            and (kernel != "row_stats_fwd" or n % m == 0)
             and (step is not None or stages < 4)  # 4 stages are compiled as 3 are
             and tiles.operand_bytes(other, d, dtype) <= _limits(arch).shared_memory
         ):

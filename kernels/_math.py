@@ -9,6 +9,7 @@ from .. import operands
 
 # As float32 has it, so that every product with it is by the same number.
 LOG2E = tl.constexpr(1.44269502162933349609375)
+LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(operands.LOWEST)
 # Triton reads the variable when it decorates, so this is what the functions below became.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -45,10 +46,10 @@ def load_rows(p, o, o_d, D, EVEN_D: tl.constexpr):
 
 
 @triton.jit
-def product(b_x, b_y, PRECISION: tl.constexpr):
-    """<x_i, y_j> in float32, from whole rows."""
-    acc = tl.zeros([b_x.shape[0], b_y.shape[0]], ACCUMULATOR)
-    return used(dot(b_x, b_y.T, acc, PRECISION).to(tl.float32))
+def product(b_x, b_y_t, PRECISION: tl.constexpr):
+    """<x_i, y_j> in float32, from whole rows and the transpose of such."""
+    acc = tl.zeros([b_x.shape[0], b_y_t.shape[1]], ACCUMULATOR)
+    return used(dot(b_x, b_y_t, acc, PRECISION).to(tl.float32))
 
 
 @triton.jit
@@ -84,6 +85,12 @@ def outer_sum(a, b, HAS_A: tl.constexpr, HAS_B: tl.constexpr):
 
 
 @triton.jit
+def exp(v):
+    """Triton's keeps denormals, in four instructions more. Next to what such a term is added to it is nothing."""
+    return tl.exp2(v * LOG2E)
+
+
+@triton.jit
 def log_sum(v, AXIS: tl.constexpr, BOUNDED: tl.constexpr):
     """(m, s): the sum of e^v along the axis is s e^m, m the maximum. Bounded: v holds the exponentials already, and m is 0."""
     if BOUNDED:
@@ -91,7 +98,7 @@ def log_sum(v, AXIS: tl.constexpr, BOUNDED: tl.constexpr):
         return tl.zeros_like(s), s
     else:
         m = tl.maximum(tl.max(v, AXIS), LOWEST)
-        return m, tl.sum(tl.exp(v - tl.expand_dims(m, AXIS)), AXIS)
+        return m, tl.sum(exp(v - tl.expand_dims(m, AXIS)), AXIS)
 
 
 @triton.jit
@@ -101,7 +108,7 @@ def add_log_sums(m, s, m_more, s_more, BOUNDED: tl.constexpr):
         return m, s + s_more
     else:
         top = tl.maximum(m, m_more)
-        return top, s * tl.exp(m - top) + s_more * tl.exp(m_more - top)
+        return top, s * exp(m - top) + s_more * exp(m_more - top)
 
 
 @triton.jit
@@ -141,7 +148,7 @@ def capped_exp2(v):
 @triton.jit
 def softplus(v):
     """log(1 + e^v), to the last digits also where it is tiny: log(1 + e) = 2 artanh(e / (2 + e)), whose series converges as 1/9^k."""
-    e = tl.exp(-tl.abs(v))
+    e = exp(-tl.abs(v))
     t = e / (2 + e)
     series = 1 / 15 + tl.zeros_like(t)
     for k in tl.static_range(6, -1, -1):
@@ -152,4 +159,4 @@ def softplus(v):
 @triton.jit
 def sigmoid(v):
     """The derivative of softplus. 1 / inf is the right limit."""
-    return 1 / (1 + tl.exp(-v))
+    return 1 / (1 + exp(-v))

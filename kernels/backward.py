@@ -69,7 +69,7 @@ def grads_kernel(
         j = visited(number, begin, length)
         o_y = tl.minimum(j * BLOCK_N + tl.arange(0, BLOCK_N), M - 1)
         b_y = load_rows(p_y, o_y, o_d, D, EVEN_D)
-        s = product(b_x, b_y, PRECISION)
+        s = product(b_x, b_y.T, PRECISION)
         y = load_side(p_ids_y, p_bias_y, p_weights_y, o_y, M, SETS, HAS_BIAS, ROLE_Y, TERM)
         only = tile_set(p_range_x, p_range_y, i, j, T_X, T_Y, SETS)
         a, w, _ = tile_weights(

@@ -43,8 +43,8 @@ class _Side:
         """[2, T]: the least and the greatest id of every block_m rows, and of every block_n."""
         if self.ids is None:
             return None, None
-        large, small = self._in_tiles(id_ranges_kernel, tile, self.ids, 1, {"p_ids": self.ids})
-        return large[:, 0], small[:, 0]
+        of_m, of_n = self._in_tiles(id_ranges_kernel, tile, self.ids, 1, {"p_ids": self.ids})
+        return of_m[:, 0], of_n[:, 0]
 
     def log_sum_ranges(self, tile: Tile) -> tuple[Tensor | None, Tensor | None]:
         """[2, K, T]: the same of the weights' m."""
@@ -56,12 +56,13 @@ class _Side:
     def _in_tiles(self, kernel: Any, tile: Tile, like: Tensor, sets: int, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
         key = kernel.__name__, tile.block_m, tile.block_n
         if key not in self._ranges:
-            n = len(self.rows)
-            large, small = (like.new_empty(2, sets, cdiv(n, block)) for block in (tile.block_m, tile.block_n))
-            arguments |= {"p_large": large, "p_small": small, "N": n, "T": large.shape[2], "T_SMALL": small.shape[2]}
-            arguments |= {"LARGE": tile.block_m, "SMALL": tile.block_n}
-            _launch(kernel, (large.shape[2], sets), tiles.of_entries(tile.block_m), arguments)
-            self._ranges[key] = large, small
+            n, large = len(self.rows), max(tile.block_m, tile.block_n)
+            of_m, of_n = ranges = tuple(like.new_empty(2, sets, cdiv(n, block)) for block in (tile.block_m, tile.block_n))
+            of_large, of_small = ranges if large == tile.block_m else ranges[::-1]
+            arguments |= {"p_large": of_large, "p_small": of_small, "N": n, "T": of_large.shape[2], "T_SMALL": of_small.shape[2]}
+            arguments |= {"LARGE": large, "SMALL": min(tile.block_m, tile.block_n)}
+            _launch(kernel, (of_large.shape[2], sets), tiles.of_entries(large), arguments)
+            self._ranges[key] = of_m, of_n
         return self._ranges[key]
 
 
@@ -80,35 +81,36 @@ def row_stats_fwd(call: Call) -> Statistics:
         return sums[0][0].log(), sums[1][0].log(), sums[0], sums[1]
     x, y = _sides(call)
     kind = call.score, call.both_sides, call.cutoff is None, call.logit_bound <= NO_SHIFT
-    return _on_tile(tiles.FORWARD, x, y, lambda tile: _row_stats_fwd(call, x, y, tile), kind)
+    return _on_tile(tiles.FORWARD, y, x, lambda tile: _row_stats_fwd(call, x, y, tile), kind)
 
 
 def _row_stats_fwd(call: Call, x: _Side, y: _Side, tile: Tile) -> Statistics:
+    """x's rows are the columns of the kernel's tiles, whose sums cost less."""
     n, m, sets = call.x.shape[0], call.candidates.shape[0], call.num_sets
-    # Groups of whole row tiles on both sides: x against itself has one diagonal.
-    span_x, span_y = (cdiv(cdiv(rows, GROUPS), tile.block_m) for rows in (n, m))
-    groups_x, groups_y = cdiv(n, span_x * tile.block_m), cdiv(m, span_y * tile.block_m)
+    # Groups of whole tile columns on both sides: x against itself has one diagonal.
+    span_x, span_y = (cdiv(cdiv(rows, GROUPS), tile.block_n) for rows in (n, m))
+    groups_x, groups_y = cdiv(n, span_x * tile.block_n), cdiv(m, span_y * tile.block_n)
     bounded = call.logit_bound <= NO_SHIFT
 
     float32 = torch.empty(0, dtype=torch.float32, device=x.rows.device)
-    rows = Sums(float32, groups_y, sets, n, bounded)
-    cols = rows if call.symmetric else Sums(float32, groups_x, sets, m if call.both_sides else 0, bounded)
-    arguments = _arguments(call, x, y, tile, call.self_offset) | _score_arguments(call)
+    of_x = Sums(float32, groups_y, sets, n, bounded)
+    of_y = of_x if call.symmetric else Sums(float32, groups_x, sets, m if call.both_sides else 0, bounded)
+    arguments = _arguments(call, y, x, tile, None if call.self_offset is None else -call.self_offset) | _score_arguments(call)
     arguments |= {
-        "p_rows_m": rows.m,
-        "p_rows_s": rows.s,
-        "p_cols_m": cols.m,
-        "p_cols_s": cols.s,
-        "span_x": span_x,
-        "span_y": span_y * (tile.block_m // tile.block_n),
+        "p_rows_m": of_y.m,
+        "p_rows_s": of_y.s,
+        "p_cols_m": of_x.m,
+        "p_cols_s": of_x.s,
+        "span_x": span_y * (tile.block_n // tile.block_m),
+        "span_y": span_x,
         "SYMMETRIC": call.symmetric,
-        "COLS": call.symmetric or call.both_sides,
+        "ROWS": call.symmetric or call.both_sides,
         "BOUNDED": bounded,
         "WHOLE_D": tile.block_d is None,
     }
-    _launch(row_stats_fwd_kernel, (groups_y, groups_x), tile, arguments)
-    row_sums, row_logs = _total(rows)
-    col_sums, col_logs = _total(cols) if call.both_sides else (row_sums.new_empty(2, sets, 0), row_logs.new_empty(sets, 0))
+    _launch(row_stats_fwd_kernel, (groups_x, groups_y), tile, arguments)
+    row_sums, row_logs = _total(of_x)
+    col_sums, col_logs = _total(of_y) if call.both_sides else (row_sums.new_empty(2, sets, 0), row_logs.new_empty(sets, 0))
     return row_logs, col_logs, row_sums, col_sums
 
 
@@ -135,17 +137,17 @@ def _pair_sums(call: Call, form: _Form, x: _Side, y: _Side) -> Tensor:
     if n == 0 or m == 0:
         return torch.zeros(n, dtype=torch.float32, device=x.rows.device)
 
-    def launch(tile: Tile) -> Tensor:
-        arguments = _arguments(call, x, y, tile, call.self_offset)
-        arguments |= {"TERM": form.term, "OVER": form.over, **_visits(form, arguments)}
-        t_x, t_y = arguments["T_X"], arguments["T_Y"]
-        groups = max(1, min(GROUPS, PROGRAMS // t_x, t_y))
+    def launch(tile: Tile) -> Tensor:  # x's rows are the columns of the kernel's tiles
+        arguments = _arguments(call, y, x, tile, None if call.self_offset is None else -call.self_offset)
+        arguments |= {"TERM": form.term, "OVER": form.over, **_visits(form, arguments["p_range_y"], arguments["p_range_x"])}
+        of_x, of_y = arguments["T_Y"], arguments["T_X"]
+        groups = max(1, min(GROUPS, PROGRAMS // of_x, of_y))
         sums = torch.empty(groups, n, dtype=torch.float32, device=x.rows.device)
         arguments |= {"p_sums": sums, "SYMMETRIC": call.symmetric, "WHOLE_D": tile.block_d is None}
-        _launch(pair_sum_fwd_kernel, (t_x, groups), tile, arguments)
+        _launch(pair_sum_fwd_kernel, (of_x, groups), tile, arguments)
         return sums.sum(0)
 
-    return _on_tile(tiles.FORWARD, x, y, launch, form)
+    return _on_tile(tiles.FORWARD, y, x, launch, form)
 
 
 def row_stats_bwd(
@@ -216,7 +218,8 @@ def _side_grads(
     def launch(tile: Tile) -> tuple[Tensor, Tensor]:
         dx, dbias = torch.empty(n, d, **float32), torch.empty(n if wanted.bias else 0, **float32)
         arguments = _weight_arguments(call, form, x, y, tile, self_offset)
-        arguments |= {"BIAS_GRAD": wanted.bias, "p_unscale": unscale, "p_dx": dx, "p_dbias": dbias, **_visits(form, arguments)}
+        arguments |= {"BIAS_GRAD": wanted.bias, "p_unscale": unscale, "p_dx": dx, "p_dbias": dbias}
+        arguments |= _visits(form, arguments["p_range_x"], arguments["p_range_y"])
         _launch(grads_kernel, (cdiv(n, tile.block_m),), tile, arguments)
         return dx, dbias
 
@@ -392,11 +395,11 @@ def _score_arguments(call: Call) -> dict[str, Any]:
     }
 
 
-def _visits(form: _Form, arguments: dict[str, Any]) -> dict[str, Any]:
+def _visits(form: _Form, ranges: Tensor | None, ranges_visited: Tensor | None) -> dict[str, Any]:
     """What sums of one set take besides, to visit tiles that have its pairs; row_stats visits all."""
     visited = None
-    if form.term != "exp" and arguments["SETS"] == 2:
-        visited = visits(form.over, arguments["p_range_x"], arguments["p_range_y"])
+    if form.term != "exp" and ranges is not None and ranges_visited is not None:
+        visited = visits(form.over, ranges, ranges_visited)
     return {"p_visits": visited, "HAS_VISITS": visited is not None}
 
 

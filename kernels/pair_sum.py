@@ -112,33 +112,34 @@ def pair_sum_fwd_kernel(
     SYMMETRIC: tl.constexpr, HAS_VISITS: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr, WHOLE_D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, g) of (T_X, groups): the g-th part of the tile columns that tile row i visits, into row g of p_sums."""
-    i = tl.program_id(0)
+    """Program (j, g) of (T_Y, groups): the g-th part of the tile rows that tile column j visits, into row g of p_sums. The anchors are the
+    columns, whose terms stay in registers, one above the other, as in row_stats."""
+    j = tl.program_id(0)
     group = tl.program_id(1)
     o_d = tl.arange(0, BLOCK_D)
-    o_i = i * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_x = tl.minimum(o_i, N - 1)
-    x = load_side(p_ids_x, p_bias_x, p_bias_x, o_x, N, SETS, HAS_BIAS, False, TERM)
+    o_j = j * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_y = tl.minimum(o_j, M - 1)
+    y = load_side(p_ids_y, p_bias_y, p_bias_y, o_y, M, SETS, HAS_BIAS, False, TERM)
     if WHOLE_D:
-        b_x = load_rows(p_x, o_x, o_d, D, EVEN_D)
-    begin, length, count = visits(p_visits, i, T_X, T_Y, HAS_VISITS)
+        b_y_t = load_rows(p_y, o_y, o_d, D, EVEN_D).T
+    begin, length, count = visits(p_visits, j, T_Y, T_X, HAS_VISITS)
     span = tl.cdiv(count, tl.num_programs(1))
-    sums = tl.zeros([BLOCK_M], tl.float32)
+    terms = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
     for number in tl.range(group * span, tl.minimum((group + 1) * span, count)):
-        j = visited(number, begin, length)
-        o_y = tl.minimum(j * BLOCK_N + tl.arange(0, BLOCK_N), M - 1)
+        i = visited(number, begin, length)
+        o_x = tl.minimum(i * BLOCK_M + tl.arange(0, BLOCK_M), N - 1)
         if WHOLE_D:
-            s = product(b_x, load_rows(p_y, o_y, o_d, D, EVEN_D), PRECISION)
+            s = product(load_rows(p_x, o_x, o_d, D, EVEN_D), b_y_t, PRECISION)
         else:
             s = blocked_product(p_x, p_y, o_x, o_y, D, D, EVEN_D, BLOCK_D, PRECISION)
-        y = load_side(p_ids_y, p_bias_y, p_bias_y, o_y, M, SETS, HAS_BIAS and not SYMMETRIC, False, TERM)
+        x = load_side(p_ids_x, p_bias_x, p_bias_x, o_x, N, SETS, HAS_BIAS and not SYMMETRIC, False, TERM)
         only = tile_set(p_range_x, p_range_y, i, j, T_X, T_Y, SETS)
         v = tile_products(s, x, y, i, j, only, N, M, self_offset, OVER, SETS, HAS_SELF, BLOCK_M, BLOCK_N)
         if HAS_BIAS:
-            v = biased(v, x[1][:, None], OVER)
+            v = biased(v, y[1][None, :], OVER)
             if not SYMMETRIC:
-                v = biased(v, y[1][None, :], OVER)
-        sums += tl.sum(term_value(v, TERM, OVER), 1)
+                v = biased(v, x[1][:, None], OVER)
+        terms += term_value(v, TERM, OVER)
 
-    tl.store(p_sums + group.to(tl.int64) * N + o_i, sums, o_i < N)
+    tl.store(p_sums + group.to(tl.int64) * M + o_j, tl.sum(terms, 0), o_j < M)

@@ -15,12 +15,13 @@ import triton
 import triton.language as tl
 
 from ._math import (
+    LN2,
     LOG2E,
     LOWEST,
-    add_log_sums,
     add_to_memory,
     blocked_product,
     capped_exp2,
+    exp,
     less,
     load_rows,
     log_sum,
@@ -35,17 +36,62 @@ from .pairs import load_side, same_id, tile_logits, tile_set
 WIDTH = tl.constexpr(55.0)
 # A shift rounded to float32 is off by at most 64 up to here, which an exponential survives.
 LARGEST = tl.constexpr(2.0**30)
+# One shift serves all terms of a tile while each row's sum of them is in these bounds, and while each column has had one that is not
+# below the least. A term that float32 then takes for 0 is less than 2^-66 of its sum.
+LEAST = tl.constexpr(2.0**-60)
+MOST = tl.constexpr(2.0**60)
+SPREAD = tl.constexpr(60.0)
 
 
 @triton.jit
-def add_tile(v, m, s, p_m, p_s, m_cols, COLS: tl.constexpr, BOUNDED: tl.constexpr):
-    """Adds a tile's row sums to (m, s), which it returns, and its column sums to those in memory."""
-    m_tile, s_tile = log_sum(v, 1, BOUNDED)
-    m, s = add_log_sums(m, s, m_tile, s_tile, BOUNDED)
-    if COLS:
-        m_tile, s_tile = log_sum(v, 0, BOUNDED)
-        add_to_memory(p_m, p_s, m_cols, m_tile, s_tile, BOUNDED)
-    return m, s
+def add_shifted(s, shift, p_m, p_s, m_entries, BOUNDED: tl.constexpr):
+    """Adds s 2^shift to the sums s e^m in memory."""
+    m = tl.zeros_like(s) + shift * LN2
+    add_to_memory(p_m, p_s, m_entries, m, shifted(s, m, shift), BOUNDED)
+
+
+@triton.jit
+def add_sums(v, AXIS: tl.constexpr, p_m, p_s, m_entries, BOUNDED: tl.constexpr):
+    """Adds the sums of e^v along the axis to those in memory. Bounded: v holds the exponentials already."""
+    m, s = log_sum(v, AXIS, BOUNDED)
+    add_to_memory(p_m, p_s, m_entries, m, s, BOUNDED)
+
+
+@triton.jit
+def add_tile(
+    v, terms, shift, lowest, m_rows, m_cols, counts_x, counts_y, p_rows_m, p_rows_s, p_cols_m, p_cols_s,
+    ROWS: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """(terms, shift, lowest) with a tile's e^v, whose row sums are added to those in memory: see the kernel. counts: the rows and
+    columns that can have pairs at all."""
+    if BOUNDED:
+        new = exp(v)
+        terms += new
+        if ROWS:
+            add_sums(new, 1, p_rows_m, p_rows_s, m_rows, BOUNDED)
+    else:
+        new = tl.exp2(less(v, shift))
+        sums = tl.sum(new, 1)
+        fits = tl.max(sums, 0) <= MOST
+        if ROWS:
+            fits = fits & (tl.min(tl.where(counts_x, sums, MOST), 0) >= LEAST)
+        if fits:
+            terms += new
+            if ROWS:
+                add_shifted(sums, shift, p_rows_m, p_rows_s, m_rows, BOUNDED)
+        else:
+            if ROWS:
+                add_sums(v, 1, p_rows_m, p_rows_s, m_rows, BOUNDED)
+            top = tl.max(v, 0) * LOG2E
+            highest = tl.maximum(tl.max(top, 0), shift)
+            least = tl.min(tl.where(counts_y, tl.maximum(top, lowest), highest), 0)
+            if highest - least <= SPREAD:
+                terms = terms * tl.exp2(shift - highest) + tl.exp2(less(v, highest))
+                shift = highest
+                lowest = least
+            else:
+                add_sums(v, 0, p_cols_m, p_cols_s, m_cols, BOUNDED)
+    return terms, shift, lowest
 
 
 @triton.jit(do_not_specialize=["N", "M", "T_X", "T_Y", "self_offset", "span_x", "span_y", "m", "gamma"])
@@ -54,79 +100,94 @@ def row_stats_fwd_kernel(
     p_rows_m, p_rows_s, p_cols_m, p_cols_s,
     N, M, D, T_X, T_Y, span_x, span_y, self_offset, m, gamma,
     SETS: tl.constexpr, SCORE: tl.constexpr, HAS_CUTOFF: tl.constexpr, HAS_SELF: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SYMMETRIC: tl.constexpr, COLS: tl.constexpr, BOUNDED: tl.constexpr,
+    SYMMETRIC: tl.constexpr, ROWS: tl.constexpr, BOUNDED: tl.constexpr,
     PRECISION: tl.constexpr, EVEN_D: tl.constexpr, WHOLE_D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program (b, a): tile rows a * span_x ... against tile columns b * span_y ... .
+    """Program (b, a): tile columns b * span_y ... against tile rows a * span_x ... .
 
-    Row sums stay in registers until their columns are done. Column sums are added to group a's entry, row sums to group b's:
-    no other program touches those. x against itself: tiles on and above the diagonal, whose column sums are the row sums of
-    their transposes.
+    The terms of a tile column stay in registers until its rows are done, one above the other, so that threads add up their sums
+    once for all of them. Row sums, each of a few lanes, are added to group b's entry tile by tile, column sums to group a's: no
+    other program touches those. x against itself: tiles on and above the diagonal, whose row sums are the column sums of their
+    transposes.
     """
     group_y = tl.program_id(0)
     group_x = tl.program_id(1)
     o_d = tl.arange(0, BLOCK_D)
-    i_begin = group_x * span_x
-    i_end = tl.minimum(i_begin + span_x, T_X)
-    j_end = tl.minimum((group_y + 1) * span_y, T_Y)
+    j_begin = group_y * span_y
+    j_end = tl.minimum(j_begin + span_y, T_Y)
     if SYMMETRIC:
-        i_end = tl.where(group_y < group_x, i_begin, i_end)
+        j_end = tl.where(group_y < group_x, j_begin, j_end)
     p_rows_m += group_y.to(tl.int64) * SETS * N
     p_rows_s += group_y.to(tl.int64) * SETS * N
     p_cols_m += group_x.to(tl.int64) * SETS * M
     p_cols_s += group_x.to(tl.int64) * SETS * M
+    nothing = 0.0 if BOUNDED else LOWEST
 
-    for i in range(i_begin, i_end):
-        o_i = i * BLOCK_M + tl.arange(0, BLOCK_M)
-        o_x = tl.minimum(o_i, N - 1)  # the last row again instead of rows that don't exist: their logits are masked
-        x = load_side(p_ids_x, p_bias_x, p_bias_x, o_x, N, SETS, HAS_BIAS, False, "exp")
+    for j in range(j_begin, j_end):
+        o_j = j * BLOCK_N + tl.arange(0, BLOCK_N)
+        o_y = tl.minimum(o_j, M - 1)  # the last row again instead of rows that don't exist: their logits are masked
+        y = load_side(p_ids_y, p_bias_y, p_bias_y, o_y, M, SETS, HAS_BIAS, False, "exp")
+        m_cols = o_j < M
+        counts_y = m_cols & (y[1] > float("-inf")) if HAS_BIAS else m_cols
         if WHOLE_D:
-            b_x = load_rows(p_x, o_x, o_d, D, EVEN_D)
-        m_0 = tl.full([BLOCK_M], LOWEST, tl.float32)
-        m_1 = tl.full([BLOCK_M], LOWEST, tl.float32)
-        s_0 = tl.zeros([BLOCK_M], tl.float32)
-        s_1 = tl.zeros([BLOCK_M], tl.float32)
-        j_begin = group_y * span_y
+            b_y_t = load_rows(p_y, o_y, o_d, D, EVEN_D).T
+        i_end = tl.minimum((group_x + 1) * span_x, T_X)
         if SYMMETRIC:
-            j_begin = tl.maximum(j_begin, i * (BLOCK_M // BLOCK_N))
+            i_end = tl.minimum(i_end, (j + 1) * (BLOCK_N // BLOCK_M))
+        # Terms of one set, as parts of 2^shift; every column has had one of at least 2^lowest.
+        set_of_terms = SETS - 1
+        terms = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        shift = nothing
+        lowest = nothing
 
-        for j in tl.range(j_begin, j_end):
-            o_j = j * BLOCK_N + tl.arange(0, BLOCK_N)
-            o_y = tl.minimum(o_j, M - 1)
+        for i in tl.range(group_x * span_x, i_end):
+            o_i = i * BLOCK_M + tl.arange(0, BLOCK_M)
+            o_x = tl.minimum(o_i, N - 1)
             if WHOLE_D:
-                s = product(b_x, load_rows(p_y, o_y, o_d, D, EVEN_D), PRECISION)
+                s = product(load_rows(p_x, o_x, o_d, D, EVEN_D), b_y_t, PRECISION)
             else:
                 s = blocked_product(p_x, p_y, o_x, o_y, D, D, EVEN_D, BLOCK_D, PRECISION)
-            y = load_side(p_ids_y, p_bias_y, p_bias_y, o_y, M, SETS, HAS_BIAS, False, "exp")
+            x = load_side(p_ids_x, p_bias_x, p_bias_x, o_x, N, SETS, HAS_BIAS, False, "exp")
             only = tile_set(p_range_x, p_range_y, i, j, T_X, T_Y, SETS)
             v, _ = tile_logits(
                 s, x, y, i, j, only, p_cutoff, N, M, self_offset, m, gamma,
                 SETS, SCORE, HAS_CUTOFF, HAS_SELF, HAS_BIAS, BLOCK_M, BLOCK_N,
             )  # fmt: skip
-            if BOUNDED:
-                v = tl.exp(v)
 
-            m_cols = o_j < M
+            m_rows = o_i < N
+            counts_x = m_rows & (x[1] > float("-inf")) if HAS_BIAS else m_rows
             if SYMMETRIC:
-                m_cols = m_cols & (j * BLOCK_N >= (i + 1) * BLOCK_M)  # the diagonal's row sums see both (i, j) and (j, i)
+                m_rows = m_rows & ((i + 1) * BLOCK_M <= j * BLOCK_N)  # the diagonal's column sums see both (i, j) and (j, i)
             if only < 2:
-                o = only * M + o_j
-                top, t = tl.where(only == 0, m_0, m_1), tl.where(only == 0, s_0, s_1)
-                top, t = add_tile(v, top, t, p_cols_m + o, p_cols_s + o, m_cols, COLS, BOUNDED)
-                m_0, s_0 = tl.where(only == 0, top, m_0), tl.where(only == 0, t, s_0)
-                m_1, s_1 = tl.where(only == 0, m_1, top), tl.where(only == 0, s_1, t)
+                if only != set_of_terms:
+                    col_sums = set_of_terms * M + o_j
+                    add_shifted(tl.sum(terms, 0), shift, p_cols_m + col_sums, p_cols_s + col_sums, m_cols, BOUNDED)
+                    terms = tl.zeros_like(terms)
+                    shift = nothing
+                    lowest = nothing
+                    set_of_terms = only
+                row_sums = only * N + o_i
+                col_sums = only * M + o_j
+                terms, shift, lowest = add_tile(
+                    v, terms, shift, lowest, m_rows, m_cols, counts_x, counts_y,
+                    p_rows_m + row_sums, p_rows_s + row_sums, p_cols_m + col_sums, p_cols_s + col_sums, ROWS, BOUNDED,
+                )  # fmt: skip
             else:
                 outside = 0.0 if BOUNDED else float("-inf")
+                if BOUNDED:
+                    v = exp(v)
                 same = same_id(x, y)
-                m_0, s_0 = add_tile(tl.where(same, v, outside), m_0, s_0, p_cols_m + o_j, p_cols_s + o_j, m_cols, COLS, BOUNDED)
-                o = M + o_j
-                m_1, s_1 = add_tile(tl.where(same, outside, v), m_1, s_1, p_cols_m + o, p_cols_s + o, m_cols, COLS, BOUNDED)
+                for k in tl.static_range(2):
+                    of_set = tl.where(same, v, outside) if k == 0 else tl.where(same, outside, v)
+                    add_sums(of_set, 0, p_cols_m + k * M + o_j, p_cols_s + k * M + o_j, m_cols, BOUNDED)
+                    if ROWS:
+                        add_sums(of_set, 1, p_rows_m + k * N + o_i, p_rows_s + k * N + o_i, m_rows, BOUNDED)
 
-        add_to_memory(p_rows_m + o_i, p_rows_s + o_i, o_i < N, m_0, s_0, BOUNDED)
-        if SETS == 2:
-            add_to_memory(p_rows_m + N + o_i, p_rows_s + N + o_i, o_i < N, m_1, s_1, BOUNDED)
-        tl.debug_barrier()  # what some threads added, others add to in the next row of tiles
+        tl.debug_barrier()  # what some threads added, others add to, here and in the next column of tiles
+        col_sums = set_of_terms * M + o_j
+        add_shifted(tl.sum(terms, 0), shift, p_cols_m + col_sums, p_cols_s + col_sums, m_cols, BOUNDED)
+        tl.debug_barrier()
 
 
 @triton.jit

@@ -49,27 +49,47 @@ ANY = float("inf")
 # Shared memory besides the operands: sums that cross warps, barriers.
 RESERVED = 8 << 10
 
-# The first row that fits serves. block_m is a multiple of block_n: x against itself visits blocks of block_m rows.
+# The first row that fits serves. block_n is a multiple of block_m: x against itself visits blocks of block_n rows.
 FORWARD = (
     Row(
-        *(256, 16, 90, Tile(128, 64, None, 8, 2)),
-        "128 x 128 spills where a maximum is tracked, 3 stages on sm_80, all on sm_100",
-        (Tile(128, 32, None, 4, 2), Tile(256, 32, None, 8, 2), Tile(128, 64, None, 4, 3), Tile(256, 64, None, 8, 2)),
+        *(128, 16, 89, Tile(32, 128, None, 4, 2)),
+        "64 x 64 and 64 x 128 spill where a maximum is tracked",
+        (Tile(32, 128, None, 4, 3), Tile(64, 64, None, 8, 2)),
     ),
     Row(
-        *(ANY, 16, 90, Tile(128, 64, 64, 8, 3)),
+        *(ANY, 16, 89, Tile(64, 128, 64, 8, 3)),
+        "64 x 128 spills with rows whole, 32 x 128 reads shared memory more",
+        (Tile(64, 128, 64, 8, 2), Tile(64, 64, 64, 4, 3)),
+    ),
+    Row(
+        *(256, 16, 90, Tile(64, 128, None, 8, 2)),
+        "128 x 128, and 64 x 128 with 4 warps, spill",
+        (Tile(64, 64, None, 4, 2), Tile(64, 128, None, 8, 3)),
+    ),
+    Row(
+        *(512, 16, 90, Tile(64, 64, None, 8, 2)),
+        "64 x 128 doesn't fit",
+        (Tile(64, 128, 64, 8, 3), Tile(64, 128, 64, 8, 2)),
+    ),
+    Row(
+        *(ANY, 16, 90, Tile(64, 128, 64, 8, 3)),
         "any D: a plain blocked product",
-        (Tile(128, 64, 64, 8, 4), Tile(64, 64, None, 4, 2), Tile(128, 32, None, 8, 2)),
+        (Tile(64, 128, 64, 8, 2), Tile(64, 64, 64, 4, 3)),
+    ),
+    Row(
+        *(256, 16, ANY, Tile(64, 64, None, 8, 2)),
+        "64 x 128 spills on sm_100",
+        (Tile(64, 64, None, 8, 3), Tile(64, 64, 64, 8, 3)),
     ),
     Row(
         *(ANY, 16, ANY, Tile(64, 64, 64, 8, 3)),
-        "128 x 64 spills on sm_100 where a maximum is tracked",
-        (Tile(128, 64, 64, 8, 2), Tile(128, 32, None, 8, 2), Tile(64, 64, None, 8, 2)),
+        "as above",
+        (Tile(64, 64, 64, 8, 2), Tile(64, 64, 64, 8, 4)),
     ),
     Row(
-        *(ANY, 32, ANY, Tile(64, 32, 32, 4, 3)),
-        "ieee products run on the plain cores: small tiles, short unrolled loops",
-        (Tile(64, 64, 32, 4, 3), Tile(128, 32, 32, 4, 3), Tile(128, 64, 32, 8, 3)),
+        *(ANY, 32, ANY, Tile(64, 64, 32, 4, 3)),
+        "ieee products run on the plain cores: short unrolled loops",
+        (Tile(32, 64, 32, 4, 2), Tile(32, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
     ),
 )
 # The gradient of block_m rows stays in registers.
@@ -194,8 +214,9 @@ def seconds_of(launch: Callable[[Tile], Any], tile: Tile) -> float:
 
 def operand_bytes(tile: Tile, d: int, dtype: torch.dtype) -> int:
     """Shared memory that the operands of a tile take, with all stages of the pipeline in flight."""
-    if tile.block_d is None:
-        return (tile.block_m + tile.num_stages * tile.block_n) * padded(d) * dtype.itemsize
+    if tile.block_d is None:  # the side with more rows stays
+        rows = sorted(tile[:2])
+        return (rows[1] + tile.num_stages * rows[0]) * padded(d) * dtype.itemsize
     return tile.num_stages * (tile.block_m + tile.block_n) * tile.block_d * dtype.itemsize
 
 
