@@ -140,6 +140,12 @@ def shifted(g, lse, shift):
 
 
 @triton.jit
+def centre(low, high):
+    """Of an empty range 0."""
+    return tl.where(low <= high, (low + high) / 2, 0.0)
+
+
+@triton.jit
 def capped_exp2(v):
     """2^v, finite even where v belongs to a weight of 0, which alone may meet a large v."""
     return tl.exp2(tl.minimum(v, 126.0))

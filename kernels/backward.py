@@ -12,13 +12,13 @@ import triton.language as tl
 
 from ._math import ACCUMULATOR, blocked_product, dot, load_rows, product
 from .pair_sum import term_weights, visited, visits
-from .pairs import load_side, same_id, tile_logits, tile_set
+from .pairs import load_role, load_side, same_id, tile_logits, tile_set
 from .row_stats import exp_weights
 
 
 @triton.jit
 def tile_weights(
-    s, x, y, i, j, only, p_log_sums_x, p_log_sums_y, p_cutoff, N, M, T_X, T_Y, self_offset, m, gamma,
+    s, x, y, i, j, only, role_x, role_y, p_cutoff, N, M, self_offset, m, gamma,
     TERM: tl.constexpr, OVER: tl.constexpr, SETS: tl.constexpr, SCORE: tl.constexpr, HAS_CUTOFF: tl.constexpr,
     HAS_SELF: tl.constexpr, HAS_BIAS: tl.constexpr, ROLE_X: tl.constexpr, ROLE_Y: tl.constexpr, BIAS_GRAD: tl.constexpr,
     WITH_SUMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -29,7 +29,7 @@ def tile_weights(
             s, x, y, i, j, only, p_cutoff, N, M, self_offset, m, gamma,
             SETS, SCORE, HAS_CUTOFF, HAS_SELF, HAS_BIAS, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        a = exp_weights(z, x, y, i, j, only, p_log_sums_x, p_log_sums_y, T_X, T_Y, SETS, ROLE_X, ROLE_Y)
+        a = exp_weights(z, x, y, i, j, only, role_x, role_y, SETS, ROLE_X, ROLE_Y, BLOCK_M, BLOCK_N)
         w = a
         if SCORE == "circle":
             w = a * slope
@@ -38,7 +38,7 @@ def tile_weights(
         return a, w, w
     else:
         return term_weights(
-            s, x, y, i, j, only, N, M, self_offset,
+            s, x, y, role_x[0], role_y[0], i, j, only, N, M, self_offset,
             TERM, OVER, SETS, HAS_SELF, HAS_BIAS, ROLE_X, ROLE_Y, WITH_SUMS, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
@@ -46,7 +46,7 @@ def tile_weights(
 @triton.jit(do_not_specialize=["N", "M", "T_X", "T_Y", "self_offset", "m", "gamma"])
 def grads_kernel(
     p_x, p_y, p_ids_x, p_ids_y, p_range_x, p_range_y, p_bias_x, p_bias_y, p_weights_x, p_weights_y, p_log_sums_x, p_log_sums_y,
-    p_cutoff, p_visits, p_unscale,
+    p_given_x, p_given_y, p_cutoff, p_visits, p_unscale,
     p_dx, p_dbias,
     N, M, D, T_X, T_Y, self_offset, m, gamma,
     TERM: tl.constexpr, OVER: tl.constexpr, SETS: tl.constexpr, SCORE: tl.constexpr, HAS_CUTOFF: tl.constexpr,
@@ -59,7 +59,6 @@ def grads_kernel(
     o_d = tl.arange(0, BLOCK_D)
     o_i = i * BLOCK_M + tl.arange(0, BLOCK_M)
     o_x = tl.minimum(o_i, N - 1)
-    x = load_side(p_ids_x, p_bias_x, p_weights_x, o_x, N, SETS, HAS_BIAS, ROLE_X, TERM)
     b_x = load_rows(p_x, o_x, o_d, D, EVEN_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], ACCUMULATOR)
     acc_bias = tl.zeros([BLOCK_M], tl.float32)
@@ -68,12 +67,15 @@ def grads_kernel(
     for number in tl.range(0, count):
         j = visited(number, begin, length)
         o_y = tl.minimum(j * BLOCK_N + tl.arange(0, BLOCK_N), M - 1)
+        only = tile_set(p_range_x, p_range_y, i, j, T_X, T_Y, SETS)
+        x = load_side(p_ids_x, p_bias_x, o_x, SETS, HAS_BIAS)
+        y = load_side(p_ids_y, p_bias_y, o_y, SETS, HAS_BIAS)
+        role_x = load_role(p_weights_x, p_log_sums_x, p_given_x, only, o_x, N, ROLE_X, TERM)
+        role_y = load_role(p_weights_y, p_log_sums_y, p_given_y, only, o_y, M, ROLE_Y, TERM)
         b_y = load_rows(p_y, o_y, o_d, D, EVEN_D)
         s = product(b_x, b_y.T, PRECISION)
-        y = load_side(p_ids_y, p_bias_y, p_weights_y, o_y, M, SETS, HAS_BIAS, ROLE_Y, TERM)
-        only = tile_set(p_range_x, p_range_y, i, j, T_X, T_Y, SETS)
         a, w, _ = tile_weights(
-            s, x, y, i, j, only, p_log_sums_x, p_log_sums_y, p_cutoff, N, M, T_X, T_Y, self_offset, m, gamma,
+            s, x, y, i, j, only, role_x, role_y, p_cutoff, N, M, self_offset, m, gamma,
             TERM, OVER, SETS, SCORE, HAS_CUTOFF, HAS_SELF, HAS_BIAS, ROLE_X, ROLE_Y, BIAS_GRAD, False, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if BIAS_GRAD:
@@ -91,7 +93,7 @@ def grads_kernel(
 @triton.jit(do_not_specialize=["N", "M", "T_X", "T_Y", "self_offset", "m", "gamma", "i_first", "span_x", "stride_slab", "stride_part"])
 def weights_kernel(
     p_x, p_y, p_ids_x, p_ids_y, p_range_x, p_range_y, p_bias_x, p_bias_y, p_weights_x, p_weights_y, p_log_sums_x, p_log_sums_y,
-    p_cutoff,
+    p_given_x, p_given_y, p_cutoff,
     p_slab, p_dbias, p_dbias_y, p_sums,
     N, M, D, T_X, T_Y, i_first, span_x, stride_slab, stride_part, self_offset, m, gamma,
     TERM: tl.constexpr, OVER: tl.constexpr, SETS: tl.constexpr, SCORE: tl.constexpr, HAS_CUTOFF: tl.constexpr,
@@ -108,15 +110,16 @@ def weights_kernel(
     o_x = tl.minimum(o_i, N - 1)
     o_y = tl.minimum(o_j, M - 1)
     columns = D
+    only = tile_set(p_range_x, p_range_y, i, j, T_X, T_Y, SETS)
     if TERM != "exp" and SETS == 2:
-        only = tile_set(p_range_x, p_range_y, i, j, T_X, T_Y, SETS)
         columns = tl.where(only == 1 - OVER, 0, D)  # a tile without pairs that count: weights of 0 from any product
     s = blocked_product(p_x, p_y, o_x, o_y, D, columns, EVEN_D, BLOCK_D, PRECISION)
-    x = load_side(p_ids_x, p_bias_x, p_weights_x, o_x, N, SETS, HAS_BIAS, ROLE_X, TERM)
-    y = load_side(p_ids_y, p_bias_y, p_weights_y, o_y, M, SETS, HAS_BIAS, ROLE_Y, TERM)
-    only = tile_set(p_range_x, p_range_y, i, j, T_X, T_Y, SETS)
+    x = load_side(p_ids_x, p_bias_x, o_x, SETS, HAS_BIAS)
+    y = load_side(p_ids_y, p_bias_y, o_y, SETS, HAS_BIAS)
+    role_x = load_role(p_weights_x, p_log_sums_x, p_given_x, only, o_x, N, ROLE_X, TERM)
+    role_y = load_role(p_weights_y, p_log_sums_y, p_given_y, only, o_y, M, ROLE_Y, TERM)
     a, w, terms = tile_weights(
-        s, x, y, i, j, only, p_log_sums_x, p_log_sums_y, p_cutoff, N, M, T_X, T_Y, self_offset, m, gamma,
+        s, x, y, i, j, only, role_x, role_y, p_cutoff, N, M, self_offset, m, gamma,
         TERM, OVER, SETS, SCORE, HAS_CUTOFF, HAS_SELF, HAS_BIAS, ROLE_X, ROLE_Y, BIAS_GRAD or BIAS_GRAD_Y, WITH_SUMS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from .pair_sum import pair_sum_fwd_kernel
 from .row_stats import row_stats_fwd_kernel
 from .rows import scaled_rows_backward_kernel, scaled_rows_kernel
 from .tiles import Tile
-from .vectors import id_ranges_kernel, largest_kernel, scaled_weights_kernel, total_kernel, weight_ranges_kernel
+from .vectors import centred_weights_kernel, id_ranges_kernel, largest_kernel, scaled_weights_kernel, total_kernel
 
 Result = TypeVar("Result")
 # As many as the forward kernel of row_stats has for x against itself.
@@ -37,33 +37,42 @@ class _Side:
         self.ids = ids  # [n]
         self.bias = bias  # [n]
         self.weights = weights  # g, scaled, and m [2, K, n], or of a pair sum g alone [n]; None: this side has none
-        self._ranges: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
+        self._of_tiles: dict[Hashable, tuple[Tensor, Tensor]] = {}
 
     def id_ranges(self, tile: Tile) -> tuple[Tensor | None, Tensor | None]:
         """[2, T]: the least and the greatest id of every block_m rows, and of every block_n."""
         if self.ids is None:
             return None, None
-        of_m, of_n = self._in_tiles(id_ranges_kernel, tile, self.ids, 1, {"p_ids": self.ids})
-        return of_m[:, 0], of_n[:, 0]
+        large, small = sorted(tile[:2], reverse=True)
+        of_large, of_small = self._kept((large, small), lambda: self._id_ranges(large, small))
+        return (of_large, of_small) if tile.block_m == large else (of_small, of_large)
 
-    def log_sum_ranges(self, tile: Tile) -> tuple[Tensor | None, Tensor | None]:
-        """[2, K, T]: the same of the weights' m."""
+    def _id_ranges(self, large: int, small: int) -> tuple[Tensor, Tensor]:
+        n = len(self.rows)
+        of_large, of_small = (torch.empty(2, cdiv(n, block), dtype=self.ids.dtype, device=self.ids.device) for block in (large, small))
+        arguments = {"p_ids": self.ids, "p_large": of_large, "p_small": of_small, "N": n, "LARGE": large, "SMALL": small}
+        arguments |= {"T": of_large.shape[1], "T_SMALL": of_small.shape[1]}
+        _launch(id_ranges_kernel, of_large.shape[1:], tiles.of_entries(large), arguments)
+        return of_large, of_small
+
+    def centred_weights(self, tile: Tile) -> tuple[Tensor | None, Tensor | None]:
+        """[2, K, T]: the least and the greatest m of the larger block's rows; and the weights from their centre, [K, n]."""
         if self.weights is None:
             return None, None
-        sets = self.weights.shape[1]
-        return self._in_tiles(weight_ranges_kernel, tile, self.weights, sets, {"p_weights": self.weights, "SETS": sets})
+        large = max(tile[:2])
+        return self._kept(large, lambda: self._centred_weights(large))
 
-    def _in_tiles(self, kernel: Any, tile: Tile, like: Tensor, sets: int, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        key = kernel.__name__, tile.block_m, tile.block_n
-        if key not in self._ranges:
-            n, large = len(self.rows), max(tile.block_m, tile.block_n)
-            of_m, of_n = ranges = tuple(like.new_empty(2, sets, cdiv(n, block)) for block in (tile.block_m, tile.block_n))
-            of_large, of_small = ranges if large == tile.block_m else ranges[::-1]
-            arguments |= {"p_large": of_large, "p_small": of_small, "N": n, "T": of_large.shape[2], "T_SMALL": of_small.shape[2]}
-            arguments |= {"LARGE": large, "SMALL": min(tile.block_m, tile.block_n)}
-            _launch(kernel, (of_large.shape[2], sets), tiles.of_entries(large), arguments)
-            self._ranges[key] = of_m, of_n
-        return self._ranges[key]
+    def _centred_weights(self, large: int) -> tuple[Tensor, Tensor]:
+        _, sets, n = self.weights.shape
+        ranges, centred = self.weights.new_empty(2, sets, cdiv(n, large)), self.weights.new_empty(sets, n)
+        arguments = {"p_weights": self.weights, "p_ranges": ranges, "p_centred": centred, "N": n, "T": ranges.shape[2], "SETS": sets}
+        _launch(centred_weights_kernel, (ranges.shape[2], sets), tiles.of_entries(large), arguments | {"LARGE": large})
+        return ranges, centred
+
+    def _kept(self, key: Hashable, of_tiles: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        if key not in self._of_tiles:
+            self._of_tiles[key] = of_tiles()
+        return self._of_tiles[key]
 
 
 class _Form(NamedTuple):
@@ -405,16 +414,18 @@ def _visits(form: _Form, ranges: Tensor | None, ranges_visited: Tensor | None) -
 
 def _weight_arguments(call: Call, form: _Form, x: _Side, y: _Side, tile: Tile, self_offset: int | None) -> dict[str, Any]:
     """What the kernels of the backward pass take: x is the side whose gradients are wanted."""
-    log_sums_x = log_sums_y = None
-    if form.term == "exp":
-        (log_sums_x, _), (_, log_sums_y) = x.log_sum_ranges(tile), y.log_sum_ranges(tile)
+    (log_sums_x, weights_x), (log_sums_y, weights_y) = (
+        side.centred_weights(tile) if form.term == "exp" else (None, side.weights) for side in (x, y)
+    )
     return {
         **_arguments(call, x, y, tile, self_offset),
         **_score_arguments(call),
-        "p_weights_x": x.weights,
-        "p_weights_y": y.weights,
+        "p_weights_x": weights_x,
+        "p_weights_y": weights_y,
         "p_log_sums_x": log_sums_x,
         "p_log_sums_y": log_sums_y,
+        "p_given_x": x.weights,
+        "p_given_y": y.weights,
         "TERM": form.term,
         "OVER": form.over,
         "ROLE_X": x.weights is not None,

@@ -62,7 +62,7 @@ def term_weight(g, v, TERM: tl.constexpr, OVER: tl.constexpr):
 
 @triton.jit
 def term_weights(
-    s, x, y, i, j, only, N, M, self_offset,
+    s, x, y, g_x, g_y, i, j, only, N, M, self_offset,
     TERM: tl.constexpr, OVER: tl.constexpr, SETS: tl.constexpr, HAS_SELF: tl.constexpr, HAS_BIAS: tl.constexpr,
     ROLE_X: tl.constexpr, ROLE_Y: tl.constexpr, WITH_SUMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -75,13 +75,13 @@ def term_weights(
         if HAS_BIAS:
             v_x = biased(v, x[1][:, None], OVER)
             v_y = biased(v, y[1][None, :], OVER)
-        w = term_weight(x[2][:, None], v_x, TERM, OVER)
-        both = w + term_weight(y[2][None, :], v_y, TERM, OVER)
+        w = term_weight(g_x[:, None], v_x, TERM, OVER)
+        both = w + term_weight(g_y[None, :], v_y, TERM, OVER)
     else:
         if HAS_BIAS:
             v = biased(v, x[1][:, None] + y[1][None, :], OVER)
         v_x = v
-        w = term_weight(x[2][:, None] if ROLE_X else y[2][None, :], v, TERM, OVER)
+        w = term_weight(g_x[:, None] if ROLE_X else g_y[None, :], v, TERM, OVER)
         both = w
     terms = w
     if WITH_SUMS:
@@ -119,7 +119,7 @@ def pair_sum_fwd_kernel(
     o_d = tl.arange(0, BLOCK_D)
     o_j = j * BLOCK_N + tl.arange(0, BLOCK_N)
     o_y = tl.minimum(o_j, M - 1)
-    y = load_side(p_ids_y, p_bias_y, p_bias_y, o_y, M, SETS, HAS_BIAS, False, TERM)
+    y = load_side(p_ids_y, p_bias_y, o_y, SETS, HAS_BIAS)
     if WHOLE_D:
         b_y_t = load_rows(p_y, o_y, o_d, D, EVEN_D).T
     begin, length, count = visits(p_visits, j, T_Y, T_X, HAS_VISITS)
@@ -133,7 +133,7 @@ def pair_sum_fwd_kernel(
             s = product(load_rows(p_x, o_x, o_d, D, EVEN_D), b_y_t, PRECISION)
         else:
             s = blocked_product(p_x, p_y, o_x, o_y, D, D, EVEN_D, BLOCK_D, PRECISION)
-        x = load_side(p_ids_x, p_bias_x, p_bias_x, o_x, N, SETS, HAS_BIAS and not SYMMETRIC, False, TERM)
+        x = load_side(p_ids_x, p_bias_x, o_x, SETS, HAS_BIAS and not SYMMETRIC)
         only = tile_set(p_range_x, p_range_y, i, j, T_X, T_Y, SETS)
         v = tile_products(s, x, y, i, j, only, N, M, self_offset, OVER, SETS, HAS_SELF, BLOCK_M, BLOCK_N)
         if HAS_BIAS:

@@ -7,25 +7,32 @@ from ._math import rounded_product
 
 
 @triton.jit
-def load_side(p_ids, p_bias, p_weights, o, N, SETS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ROLE: tl.constexpr, TERM: tl.constexpr):
-    """(ids, bias, g_0, g_1, lse_0, lse_1) of the rows o; what the call doesn't have is a placeholder."""
+def load_side(p_ids, p_bias, o, SETS: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """(ids, bias) of the rows o; what the call doesn't have is a placeholder."""
     ids = o
     bias = o.to(tl.float32)
-    g_0 = bias
-    g_1 = bias
-    lse_0 = bias
-    lse_1 = bias
     if SETS == 2:
         ids = tl.load(p_ids + o)
     if HAS_BIAS:
         bias = tl.load(p_bias + o)
+    return ids, bias
+
+
+@triton.jit
+def load_weights(p_weights, k, o, N, HAS_ROLE: tl.constexpr):
+    """Those of the rows o in set k; a placeholder on a side without weights."""
     if HAS_ROLE:
-        g_0 = tl.load(p_weights + o)
-        if TERM == "exp":
-            g_1 = tl.load(p_weights + (SETS - 1) * N + o)
-            lse_0 = tl.load(p_weights + SETS * N + o)
-            lse_1 = tl.load(p_weights + (2 * SETS - 1) * N + o)
-    return ids, bias, g_0, g_1, lse_0, lse_1
+        return tl.load(p_weights + k * N + o)
+    else:
+        return o.to(tl.float32)
+
+
+@triton.jit
+def load_role(p_weights, p_log_sums, p_given, only, o, N, HAS_ROLE: tl.constexpr, TERM: tl.constexpr):
+    """What the rows o are as anchors: (their weights in set `only`, in set 0 if that is 2, and where both sets' are; where the ranges of
+    log-sums and the weights as (g, lse) are; o, N)."""
+    k = tl.where(only == 1, 1, 0) if TERM == "exp" else 0
+    return load_weights(p_weights, k, o, N, HAS_ROLE), p_weights, p_log_sums, p_given, o, N
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from ._math import (
     add_to_memory,
     blocked_product,
     capped_exp2,
+    centre,
     exp,
     less,
     load_rows,
@@ -29,7 +30,7 @@ from ._math import (
     product,
     shifted,
 )
-from .pairs import load_side, same_id, tile_logits, tile_set
+from .pairs import load_side, load_weights, same_id, tile_logits, tile_set
 
 # Log-sums this close together share one shift in the middle: e^(shift - lse) stays within e^27.5 of 1, so nothing overflows,
 # and what underflows is below e^-55 of its row's sum.
@@ -127,7 +128,7 @@ def row_stats_fwd_kernel(
     for j in range(j_begin, j_end):
         o_j = j * BLOCK_N + tl.arange(0, BLOCK_N)
         o_y = tl.minimum(o_j, M - 1)  # the last row again instead of rows that don't exist: their logits are masked
-        y = load_side(p_ids_y, p_bias_y, p_bias_y, o_y, M, SETS, HAS_BIAS, False, "exp")
+        y = load_side(p_ids_y, p_bias_y, o_y, SETS, HAS_BIAS)
         m_cols = o_j < M
         counts_y = m_cols & (y[1] > float("-inf")) if HAS_BIAS else m_cols
         if WHOLE_D:
@@ -148,7 +149,7 @@ def row_stats_fwd_kernel(
                 s = product(load_rows(p_x, o_x, o_d, D, EVEN_D), b_y_t, PRECISION)
             else:
                 s = blocked_product(p_x, p_y, o_x, o_y, D, D, EVEN_D, BLOCK_D, PRECISION)
-            x = load_side(p_ids_x, p_bias_x, p_bias_x, o_x, N, SETS, HAS_BIAS, False, "exp")
+            x = load_side(p_ids_x, p_bias_x, o_x, SETS, HAS_BIAS)
             only = tile_set(p_range_x, p_range_y, i, j, T_X, T_Y, SETS)
             v, _ = tile_logits(
                 s, x, y, i, j, only, p_cutoff, N, M, self_offset, m, gamma,
@@ -191,48 +192,69 @@ def row_stats_fwd_kernel(
 
 
 @triton.jit
-def log_sum_range(p_range, t, T, only, low, high, SETS: tl.constexpr):
-    """(low, high) widened to the log-sums of row tile t in set `only`, or in both sets if that is 2."""
-    first = tl.where(only == 2, 0, only)
-    last = tl.where(only == 2, 1, only)
-    low = tl.minimum(low, tl.minimum(tl.load(p_range + first * T + t), tl.load(p_range + last * T + t)))
-    p_range += SETS * T
-    high = tl.maximum(high, tl.maximum(tl.load(p_range + first * T + t), tl.load(p_range + last * T + t)))
+def widened(low, high, role, t, T, k, SETS: tl.constexpr, HAS_ROLE: tl.constexpr):
+    """(low, high) widened to the log-sums of tile t in set k."""
+    _, _, p_log_sums, _, _, _ = role
+    if HAS_ROLE:
+        low = tl.minimum(low, tl.load(p_log_sums + k * T + t))
+        high = tl.maximum(high, tl.load(p_log_sums + (SETS + k) * T + t))
     return low, high
 
 
 @triton.jit
-def exp_weights(z, x, y, i, j, only, p_log_sums_x, p_log_sums_y, T_X, T_Y, SETS: tl.constexpr, ROLE_X: tl.constexpr, ROLE_Y: tl.constexpr):
-    """A of tile (i, j), from its logits."""
-    low = float("inf")
-    high = float("-inf")
-    if ROLE_X:
-        low, high = log_sum_range(p_log_sums_x, i, T_X, only, low, high, SETS)
-    if ROLE_Y:
-        low, high = log_sum_range(p_log_sums_y, j, T_Y, only, low, high, SETS)
-    shift = tl.where(low <= high, (low + high) / 2 * LOG2E, 0.0)  # in units of log2(e); nothing but zero weights: inf, -inf
-    _, _, g_x0, g_x1, lse_x0, lse_x1 = x
-    _, _, g_y0, g_y1, lse_y0, lse_y1 = y
+def at_shift(u, role, t, T, k, shift, SETS: tl.constexpr, HAS_ROLE: tl.constexpr):
+    """g e^-lse 2^shift of set k from the weights g e^(centre - lse) of tile t. The factor stays finite where all of them are 0."""
+    _, _, p_log_sums, _, _, _ = role
+    if HAS_ROLE:
+        u *= capped_exp2(-less(centre(tl.load(p_log_sums + k * T + t), tl.load(p_log_sums + (SETS + k) * T + t)), shift))
+    return u
+
+
+@triton.jit
+def one_by_one(z, role, k, AXIS: tl.constexpr, SETS: tl.constexpr, HAS_ROLE: tl.constexpr):
+    """g e^(z - lse) of set k."""
+    _, _, _, p_given, o, N = role
+    if HAS_ROLE:
+        p_given += k * N + o
+        return tl.expand_dims(tl.load(p_given), AXIS) * capped_exp2((z - tl.expand_dims(tl.load(p_given + SETS * N), AXIS)) * LOG2E)
+    else:
+        return 0.0
+
+
+@triton.jit
+def exp_weights(
+    z, x, y, i, j, only, role_x, role_y,
+    SETS: tl.constexpr, ROLE_X: tl.constexpr, ROLE_Y: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A of tile (i, j), from its logits. Weights are centred, and log-sums have ranges, in tiles of the larger block on either side."""
+    u_x, p_weights_x, _, _, o_x, N = role_x
+    u_y, p_weights_y, _, _, o_y, M = role_y
+    LARGE: tl.constexpr = max(BLOCK_M, BLOCK_N)
+    i = i * BLOCK_M // LARGE
+    j = j * BLOCK_N // LARGE
+    T_X = tl.cdiv(N, LARGE)
+    T_Y = tl.cdiv(M, LARGE)
+    first = tl.where(only == 1, 1, 0)
+    low, high = widened(float("inf"), float("-inf"), role_x, i, T_X, first, SETS, ROLE_X)
+    low, high = widened(low, high, role_y, j, T_Y, first, SETS, ROLE_Y)
+    if only == 2:
+        low, high = widened(low, high, role_x, i, T_X, 1, SETS, ROLE_X)
+        low, high = widened(low, high, role_y, j, T_Y, 1, SETS, ROLE_Y)
+    shift = centre(low, high) * LOG2E
 
     if (high - low <= WIDTH) & (tl.abs(shift) <= LARGEST):  # one exponential serves both roles
         exp_z = capped_exp2(less(z, shift))
+        u_x = at_shift(u_x, role_x, i, T_X, first, shift, SETS, ROLE_X)
+        u_y = at_shift(u_y, role_y, j, T_Y, first, shift, SETS, ROLE_Y)
         if only < 2:
-            u_x = shifted(tl.where(only == 0, g_x0, g_x1), tl.where(only == 0, lse_x0, lse_x1), shift)
-            u_y = shifted(tl.where(only == 0, g_y0, g_y1), tl.where(only == 0, lse_y0, lse_y1), shift)
-            w = outer_sum(u_x, u_y, ROLE_X, ROLE_Y) * exp_z
+            a = outer_sum(u_x, u_y, ROLE_X, ROLE_Y) * exp_z
         else:
-            u_0 = outer_sum(shifted(g_x0, lse_x0, shift), shifted(g_y0, lse_y0, shift), ROLE_X, ROLE_Y)
-            u_1 = outer_sum(shifted(g_x1, lse_x1, shift), shifted(g_y1, lse_y1, shift), ROLE_X, ROLE_Y)
-            w = tl.where(same_id(x, y), u_0, u_1) * exp_z
+            v_x = at_shift(load_weights(p_weights_x, 1, o_x, N, ROLE_X), role_x, i, T_X, 1, shift, SETS, ROLE_X)
+            v_y = at_shift(load_weights(p_weights_y, 1, o_y, M, ROLE_Y), role_y, j, T_Y, 1, shift, SETS, ROLE_Y)
+            a = tl.where(same_id(x, y), outer_sum(u_x, u_y, ROLE_X, ROLE_Y), outer_sum(v_x, v_y, ROLE_X, ROLE_Y)) * exp_z
     else:
-        same = same_id(x, y)
-        if SETS == 1:
-            same = same | True
-        w = tl.zeros_like(z)
-        if ROLE_X:
-            lse = tl.where(same, lse_x0[:, None], lse_x1[:, None])
-            w += tl.where(same, g_x0[:, None], g_x1[:, None]) * capped_exp2((z - lse) * LOG2E)
-        if ROLE_Y:
-            lse = tl.where(same, lse_y0[None, :], lse_y1[None, :])
-            w += tl.where(same, g_y0[None, :], g_y1[None, :]) * capped_exp2((z - lse) * LOG2E)
-    return w
+        a = one_by_one(z, role_x, first, 1, SETS, ROLE_X) + one_by_one(z, role_y, first, 0, SETS, ROLE_Y)
+        if only == 2:
+            others = one_by_one(z, role_x, 1, 1, SETS, ROLE_X) + one_by_one(z, role_y, 1, 0, SETS, ROLE_Y)
+            a = tl.where(same_id(x, y), a, others)
+    return a

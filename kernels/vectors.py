@@ -3,6 +3,7 @@ r"""What belongs to rows, O(N): their sums and weights, and the ranges of tiles.
     (s, m)_k = sum over groups of s e^m                          as pairloss.engines.normalised has it, and its logarithm
     g_k = 2^e grad_k / s_k,  e = floor(13 - log2(steepest max |grad / s|))
     [least, greatest] of every tile's ids, and of the m_k of its weights that are not 0
+    u_k = g_k e^(c_k - m_k), from the centre c_k between the latter
 
 The power of two: no pair's weight overflows float16, and those down to 2^-27 of the largest keep all its digits.
 """
@@ -10,7 +11,7 @@ The power of two: no pair's weight overflows float16, and those down to 2^-27 of
 import triton
 import triton.language as tl
 
-from ._math import LOWEST
+from ._math import LOWEST, centre, exp
 
 LOG_HELD = tl.constexpr(2.0**22)  # up to which float32 holds a logarithm to a quarter
 LEAST, MOST = tl.constexpr(2.0**-100), tl.constexpr(3e38)
@@ -37,12 +38,12 @@ def total_kernel(p_s, p_m, p_sums, p_logs, size, groups, BOUNDED: tl.constexpr, 
         o_group = group * size.to(tl.int64) + o
         more = tl.load(p_s + o_group, m_entries, other=0.0)
         if not BOUNDED:
-            more *= tl.exp(tl.load(p_m + o_group, m_entries, other=LOWEST) - top)
+            more *= exp(tl.load(p_m + o_group, m_entries, other=LOWEST) - top)
         s += more
 
     empty = s == 0
     m = tl.where(tl.abs(top) < LOG_HELD, top + tl.log(tl.where(empty, 1.0, s)), top)
-    s = tl.where(empty, 0.0, s * tl.exp(top - m))
+    s = tl.where(empty, 0.0, s * exp(top - m))
     m = tl.where(empty, 0.0, m)
     tl.store(p_sums + o, s, m_entries)
     tl.store(p_sums + size.to(tl.int64) + o, m, m_entries)
@@ -95,33 +96,31 @@ def scaled_weights_kernel(
         tl.store(p_unscale, power_of_two(-e))
 
 
-@triton.jit
-def store_ranges(low, high, p_large, p_small, t, k, T, T_SMALL, SETS: tl.constexpr, LARGE: tl.constexpr, SMALL: tl.constexpr):
-    """Of tile t in row k of [2, SETS, T], and of the small ones in it likewise."""
-    tl.store(p_large + k * T + t, tl.min(low, 0))
-    tl.store(p_large + (SETS + k) * T + t, tl.max(high, 0))
-    o = t * (LARGE // SMALL) + tl.arange(0, LARGE // SMALL)
-    m_tiles = o < T_SMALL
-    tl.store(p_small + k * T_SMALL + o, tl.min(tl.reshape(low, [LARGE // SMALL, SMALL]), 1), m_tiles)
-    tl.store(p_small + (SETS + k) * T_SMALL + o, tl.max(tl.reshape(high, [LARGE // SMALL, SMALL]), 1), m_tiles)
-
-
 @triton.jit(do_not_specialize=["N", "T", "T_SMALL"])
 def id_ranges_kernel(p_ids, p_large, p_small, N, T, T_SMALL, LARGE: tl.constexpr, SMALL: tl.constexpr):
-    """Program t: the least and the greatest id of tile t."""
+    """Program t: the least and the greatest id of tile t, and of the small ones in it."""
     t = tl.program_id(0)
     ids = tl.load(p_ids + tl.minimum(t * LARGE + tl.arange(0, LARGE), N - 1))  # the last row again changes no range
-    store_ranges(ids, ids, p_large, p_small, t, 0, T, T_SMALL, 1, LARGE, SMALL)
+    tl.store(p_large + t, tl.min(ids, 0))
+    tl.store(p_large + T + t, tl.max(ids, 0))
+    parts = tl.reshape(ids, [LARGE // SMALL, SMALL])
+    o = t * (LARGE // SMALL) + tl.arange(0, LARGE // SMALL)
+    m_tiles = o < T_SMALL
+    tl.store(p_small + o, tl.min(parts, 1), m_tiles)
+    tl.store(p_small + T_SMALL + o, tl.max(parts, 1), m_tiles)
 
 
-@triton.jit(do_not_specialize=["N", "T", "T_SMALL"])
-def weight_ranges_kernel(p_weights, p_large, p_small, N, T, T_SMALL, SETS: tl.constexpr, LARGE: tl.constexpr, SMALL: tl.constexpr):
-    """Program (t, k): the same of m; inf and -inf where all weights are 0."""
+@triton.jit(do_not_specialize=["N", "T"])
+def centred_weights_kernel(p_weights, p_ranges, p_centred, N, T, SETS: tl.constexpr, LARGE: tl.constexpr):
+    """Program (t, k): the least and the greatest m of tile t; inf and -inf where all weights are 0. And the weights from its centre."""
     t = tl.program_id(0)
     k = tl.program_id(1)
-    o = tl.minimum(t * LARGE + tl.arange(0, LARGE), N - 1)
-    g = tl.load(p_weights + k * N + o)
-    m = tl.load(p_weights + (SETS + k) * N + o)
-    low = tl.where(g == 0, float("inf"), m)
-    high = tl.where(g == 0, float("-inf"), m)
-    store_ranges(low, high, p_large, p_small, t, k, T, T_SMALL, SETS, LARGE, SMALL)
+    o = t * LARGE + tl.arange(0, LARGE)
+    m_rows = o < N
+    g = tl.load(p_weights + k * N + o, m_rows, other=0.0)
+    m = tl.load(p_weights + (SETS + k) * N + o, m_rows, other=0.0)
+    low = tl.min(tl.where(g == 0, float("inf"), m), 0)
+    high = tl.max(tl.where(g == 0, float("-inf"), m), 0)
+    tl.store(p_ranges + k * T + t, low)
+    tl.store(p_ranges + (SETS + k) * T + t, high)
+    tl.store(p_centred + k * N + o, tl.where(g == 0, 0.0, g * exp(centre(low, high) - m)), m_rows)

@@ -33,14 +33,19 @@ def report(kernel: str, mode: str, arch: int, d: int) -> aot.Report:
 
 
 @pytest.mark.parametrize(("kernel", "mode", "arch", "d"), FORWARD + BACKWARD + SLAB + CIRCLE + PAIR_SUM)
-def test_no_spills_in_loops_and_matrix_units_are_used(kernel, mode, arch, d):
-    seen = report(kernel, mode, arch, d)
-    assert seen.loop_spills == 0, seen
+def test_tiles_do_not_spill_and_matrix_units_are_used(kernel, mode, arch, d):
+    """On sm_80 a few spills are let be, where the next tile without costs more: one instruction in 100 of a clean tile's, a few of the
+    others' branches."""
+    launch = next(v for v in aot.launches(arch, torch.bfloat16, d, [mode]) if v.kernel.__name__ == f"{kernel}_kernel")
+    seen = aot.report(aot.compiled(launch, arch), arch)
+    clean = seen.code.opcodes(aot.executed(launch, seen, arch))
+    assert seen.loop_spills <= (25 if arch == 80 else 0), seen
+    assert aot.count("LDL|STL", clean) <= len(clean) / 100, seen
     assert seen.matrix > 0, seen
     assert seen.shared <= aot.SHARED_MEMORY[arch], seen
 
 
-AROUND = [("scaled_rows", "rows"), ("scaled_rows_backward", "rows"), ("weight_ranges", "ids, any tau")]
+AROUND = [("scaled_rows", "rows"), ("scaled_rows_backward", "rows"), ("centred_weights", "ids, any tau")]
 AROUND += [(kernel, "circle") for kernel in ("total", "largest", "scaled_weights", "id_ranges")]
 
 
@@ -56,7 +61,7 @@ def test_loops_are_found():
     assert seen.loop_matrix == seen.matrix
 
 
-@pytest.mark.parametrize(("kernel", "mode", "d", "products"), [("row_stats_fwd", "ids", 512, 1), ("grads", "ids, bias", 128, 2)])
+@pytest.mark.parametrize(("kernel", "mode", "d", "products"), [("row_stats_fwd", "ids", 512, 1), ("grads", "ids", 128, 2)])
 def test_sweep_counts_what_a_tile_executes(kernel, mode, d, products):
     """A product in steps, in a loop within the loop over tiles, and both products of the backward pass."""
     tile = aot.shipped(80, torch.bfloat16, d, kernel)

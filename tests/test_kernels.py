@@ -116,6 +116,50 @@ def test_wide_rows_of_two_sets(engine, dtype, primitive, wanted, monkeypatch):
 
 
 @pytest.mark.engines
+@pytest.mark.parametrize("form", ["steep norms", "steep norms in label order", "biases of both sides", "biases of one side", "a cutoff"])
+@pytest.mark.parametrize("engine", TILED, ids=lambda engine: "-".join(engine))
+def test_logits_far_apart(engine, form):
+    """Rows, columns and sets of a tile whose sums lie hundreds of powers of e from each other, and candidates that don't count: no shift
+    serves them all."""
+    n, m, d = 75, 90, 8
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.nn.functional.normalize(torch.randn(size, d, generator=generator, dtype=torch.float64)) for size in (n, m))
+    given, options = {"x": x, "y": y}, {"self_offset": None}
+    if "norms" in form:
+        length = torch.tensor([1e-3, 1.0, 16.0, 14.0], dtype=torch.float64).repeat_interleave(5).repeat(4)[:n, None]
+        given, options = (
+            {"x": x.abs() * length},
+            {"self_offset": 0, "ids_x": torch.arange(n) // 25 if "order" in form else torch.arange(n) % 3},
+        )
+        given["x"][40:] *= 0.1  # and a long way back down
+    elif form == "a cutoff":
+        given, options = {"x": 14 * x, "y": 14 * y}, {"self_offset": None, "cutoff": torch.tensor(60.0)}
+    else:
+        row_bias, col_bias = torch.linspace(-150, 250, n, dtype=torch.float64), 100 * torch.sin(torch.arange(m, dtype=torch.float64))
+        row_bias[5:25], col_bias[::7] = 40, -torch.inf
+        row_bias[33:36] = -torch.inf
+        given, options = given | {"row_bias": row_bias, "col_bias": col_bias}, {"both_sides": form == "biases of both sides"}
+    given = {name: v.float().double() for name, v in given.items()}
+
+    def run(backend: str, device: str, to: torch.dtype):
+        leaves = {name: v.to(device, to).requires_grad_() for name, v in given.items()}
+        moved = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in options.items()}
+        out = torch.cat(row_stats(**leaves, **moved, product_dtype=to, backend=backend), 1)
+        weights = torch.linspace(0.5, 1, out.numel(), dtype=to, device=device).view_as(out)
+        total = (torch.where(out == -torch.inf, 0, out) * weights).sum()
+        return out.detach(), *torch.autograd.grad(total, list(leaves.values()))
+
+    truth, eager = (run("reference", "cpu", dtype) for dtype in (torch.float64, torch.float32))
+    with tiles(16):
+        ours = run(engine.name, engine.device, torch.float32)
+    assert torch.equal(ours[0].cpu() == -torch.inf, truth[0] == -torch.inf)
+    finite = truth[0].isfinite()
+    ours, truth, eager = ((out.cpu()[finite], *grads) for out, *grads in (ours, truth, eager))
+    for name, *values in zip(("values", *given), ours, truth, eager, strict=True):
+        assert_rule(name, *values, torch.float32)
+
+
+@pytest.mark.engines
 @pytest.mark.parametrize(("n", "m"), [(0, 3), (3, 0), (0, 0)])
 @pytest.mark.parametrize("engine", TILED, ids=lambda engine: "-".join(engine))
 def test_nothing_to_compare(engine, n, m):
@@ -300,7 +344,7 @@ def test_launches_of_a_step(engine, form, operations, kernels):
 
     def written(kernel, grid, tile, arguments):
         outputs = ["p_rows", "p_rows_s", "p_cols_s", "p_sums", "p_logs"]
-        outputs += ["p_largest", "p_weights", "p_unscale", "p_large", "p_small", "p_dx", "p_along"]
+        outputs += ["p_largest", "p_weights", "p_unscale", "p_large", "p_small", "p_ranges", "p_centred", "p_dx", "p_along"]
         with _disable_current_modes():
             for tensor in (arguments.get(name) for name in outputs):
                 if tensor is not None:
