@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import engines, operands
 from ..engines import Call, Statistics, SumsAndGrads
-from ..operands import ENTRIES, GROUPS, NO_SHIFT, SETS, Sums, cdiv, norm_beside, visits
+from ..operands import ENTRIES, NO_SHIFT, SETS, Sums, cdiv, norm_beside, visits
 from . import tiles
 from .backward import grads_kernel, weights_kernel
 from .pair_sum import pair_sum_fwd_kernel
@@ -20,7 +20,7 @@ from .vectors import centred_weights_kernel, id_ranges_kernel, largest_kernel, s
 
 Result = TypeVar("Result")
 # As many as the forward kernel of row_stats has for x against itself.
-PROGRAMS = GROUPS * (GROUPS + 1) // 2
+PROGRAMS = operands.GROUPS * (operands.GROUPS + 1) // 2
 # Weights of large D at a time, or one row of tiles (256 MiB at M = 1,048,576): about an L2 cache, and where y's gradient is wanted
 # too, which each slab reads and writes once, more.
 SLAB_BYTES = {False: 64 << 20, True: 256 << 20}
@@ -97,7 +97,7 @@ def _row_stats_fwd(call: Call, x: _Side, y: _Side, tile: Tile) -> Statistics:
     """x's rows are the columns of the kernel's tiles, whose sums cost less."""
     n, m, sets = call.x.shape[0], call.candidates.shape[0], call.num_sets
     # Groups of whole tile columns on both sides: x against itself has one diagonal.
-    span_x, span_y = (cdiv(cdiv(rows, GROUPS), tile.block_n) for rows in (n, m))
+    span_x, span_y = (cdiv(cdiv(rows, operands.GROUPS), tile.block_n) for rows in (n, m))
     groups_x, groups_y = cdiv(n, span_x * tile.block_n), cdiv(m, span_y * tile.block_n)
     bounded = call.logit_bound <= NO_SHIFT
 
@@ -150,7 +150,7 @@ def _pair_sums(call: Call, form: _Form, x: _Side, y: _Side) -> Tensor:
         arguments = _arguments(call, y, x, tile, None if call.self_offset is None else -call.self_offset)
         arguments |= {"TERM": form.term, "OVER": form.over, **_visits(form, arguments["p_range_y"], arguments["p_range_x"])}
         of_x, of_y = arguments["T_Y"], arguments["T_X"]
-        groups = max(1, min(GROUPS, PROGRAMS // of_x, of_y))
+        groups = max(1, min(operands.GROUPS, PROGRAMS // of_x, of_y))
         sums = torch.empty(groups, n, dtype=torch.float32, device=x.rows.device)
         arguments |= {"p_sums": sums, "SYMMETRIC": call.symmetric, "WHOLE_D": tile.block_d is None}
         _launch(pair_sum_fwd_kernel, (of_x, groups), tile, arguments)

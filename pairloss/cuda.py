@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import engines, operands, selection
 from .engines import Call, Statistics, SumsAndGrads
-from .operands import GROUPS, NO_SHIFT, SETS, Sums, cdiv
+from .operands import NO_SHIFT, SETS, Sums, cdiv
 
 _cuda: Any
 _missing: str | None = None
@@ -83,7 +83,7 @@ def row_stats_fwd(call: Call) -> Statistics:
         return sums[0][0].log(), sums[1][0].log(), sums[0], sums[1]
     bounded = call.logit_bound <= NO_SHIFT
     # Groups of whole row tiles on both sides: x against itself has one diagonal.
-    span_x, span_y = (cdiv(cdiv(rows, GROUPS), tile.rows) for rows in (n, m))
+    span_x, span_y = (cdiv(cdiv(rows, operands.GROUPS), tile.rows) for rows in (n, m))
     groups_x, groups_y = cdiv(n, span_x * tile.rows), cdiv(m, span_y * tile.rows)
     like = call.x.new_empty(0, dtype=call.dtype)
     rows = Sums(like, groups_y, sets, n, bounded)

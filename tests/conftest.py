@@ -7,12 +7,14 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import contextlib
 import importlib.util
 import types
+from collections.abc import Iterator
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 
-from pairloss import engines, testing
+from pairloss import engines, operands, testing
 
 # The tests are many and small: threads would only wait for one another.
 torch.set_num_threads(1)
@@ -99,8 +101,14 @@ def _nan_in_unwritten_memory():
     torch.use_deterministic_algorithms(False)
 
 
-def tiles(n: int | None):
-    return contextlib.nullcontext() if n is None else testing.tile_size(n)
+@contextlib.contextmanager
+def tiles(n: int | None) -> Iterator[None]:
+    """Tiles of n rows, several for each program of a GPU; None: as shipped."""
+    if n is None:
+        yield
+    else:
+        with testing.tile_size(n), mock.patch.object(operands, "GROUPS", 2):
+            yield
 
 
 def assert_rule(name: str, ours: torch.Tensor, truth: torch.Tensor, eager: torch.Tensor, dtype: torch.dtype, terms: float = 0.0) -> None:

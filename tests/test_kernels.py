@@ -115,30 +115,40 @@ def test_wide_rows_of_two_sets(engine, dtype, primitive, wanted, monkeypatch):
         assert_rule(name, *values, dtype)
 
 
-@pytest.mark.engines
-@pytest.mark.parametrize("form", ["steep norms", "steep norms in label order", "biases of both sides", "biases of one side", "a cutoff"])
-@pytest.mark.parametrize("engine", TILED, ids=lambda engine: "-".join(engine))
-def test_logits_far_apart(engine, form):
-    """Rows, columns and sets of a tile whose sums lie hundreds of powers of e from each other, and candidates that don't count: no shift
-    serves them all."""
+def far_apart() -> dict[str, tuple[dict[str, torch.Tensor], dict[str, object]]]:
+    """Tensors and options of row_stats: rows, columns and sets of a tile whose sums lie hundreds of powers of e from each other."""
     n, m, d = 75, 90, 8
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.nn.functional.normalize(torch.randn(size, d, generator=generator, dtype=torch.float64)) for size in (n, m))
-    given, options = {"x": x, "y": y}, {"self_offset": None}
-    if "norms" in form:
-        length = torch.tensor([1e-3, 1.0, 16.0, 14.0], dtype=torch.float64).repeat_interleave(5).repeat(4)[:n, None]
-        given, options = (
-            {"x": x.abs() * length},
-            {"self_offset": 0, "ids_x": torch.arange(n) // 25 if "order" in form else torch.arange(n) % 3},
-        )
-        given["x"][40:] *= 0.1  # and a long way back down
-    elif form == "a cutoff":
-        given, options = {"x": 14 * x, "y": 14 * y}, {"self_offset": None, "cutoff": torch.tensor(60.0)}
-    else:
-        row_bias, col_bias = torch.linspace(-150, 250, n, dtype=torch.float64), 100 * torch.sin(torch.arange(m, dtype=torch.float64))
-        row_bias[5:25], col_bias[::7] = 40, -torch.inf
-        row_bias[33:36] = -torch.inf
-        given, options = given | {"row_bias": row_bias, "col_bias": col_bias}, {"both_sides": form == "biases of both sides"}
+    length = torch.tensor([1e-3, 1.0, 16.0, 14.0], dtype=torch.float64).repeat_interleave(5).repeat(4)[:n, None]
+    steep = x.abs() * length
+    steep[40:] *= 0.1  # and a long way back down
+    rows, cols = torch.linspace(-150, 250, n, dtype=torch.float64), 400 - 15 * (torch.arange(m, dtype=torch.float64) - 40).abs()
+    wild = 100 * torch.sin(torch.arange(m, dtype=torch.float64))
+    rows[5:25], rows[33:36], wild[::7] = 40, -torch.inf, -torch.inf  # those don't count
+    kinds = torch.eye(2, dtype=torch.float64)[torch.arange(n) % 2]
+    steps = torch.stack([41.0 * (torch.arange(m) // 16), torch.zeros(m)], 1).double()
+    ids = torch.arange(96) // 16
+    own_axis = 14 * torch.eye(6, dtype=torch.float64)[ids]
+    both, none = {"self_offset": None, "both_sides": True}, {"self_offset": None}
+    return {
+        "steep norms": ({"x": steep}, {"ids_x": torch.arange(n) % 3}),
+        "steep norms in label order": ({"x": steep}, {"ids_x": torch.arange(n) // 25}),
+        "sets": ({"x": own_axis, "y": own_axis}, both | {"ids_x": ids, "ids_y": ids}),
+        "anchors": ({"x": x, "y": y, "row_bias": rows}, both),
+        "candidates": ({"x": x, "y": y, "col_bias": cols}, both),
+        "anchors and candidates": ({"x": x, "y": y, "row_bias": rows, "col_bias": wild}, both),
+        "anchors and candidates, one side": ({"x": x, "y": y, "row_bias": rows, "col_bias": wild}, none),
+        "two kinds of anchors": ({"x": kinds, "y": steps, "row_bias": -41 * kinds[:, 1]}, both),
+        "beyond a cutoff": ({"x": 14 * x, "y": 14 * y}, none | {"cutoff": torch.tensor(60.0)}),
+    }
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("form", far_apart())
+@pytest.mark.parametrize("engine", TILED, ids=lambda engine: "-".join(engine))
+def test_logits_far_apart(engine, form):
+    given, options = far_apart()[form]
     given = {name: v.float().double() for name, v in given.items()}
 
     def run(backend: str, device: str, to: torch.dtype):
@@ -157,6 +167,16 @@ def test_logits_far_apart(engine, form):
     ours, truth, eager = ((out.cpu()[finite], *grads) for out, *grads in (ours, truth, eager))
     for name, *values in zip(("values", *given), ours, truth, eager, strict=True):
         assert_rule(name, *values, torch.float32)
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("engine", KERNELS, ids=lambda engine: "-".join(engine))
+def test_sums_are_more_exact_than_their_logarithms(engine):
+    """s e^m of one pair each: its exponential, to digits that a rounded logarithm hasn't got."""
+    z = torch.linspace(-300, 300, 97)
+    pairs = (z[:, None].to(engine.device), torch.ones(1, 1, device=engine.device), None, None, None, None, None, None)
+    _, _, (s, m), _ = autograd._row_stats(*pairs, torch.float32, None, "linear", 0.0, 1.0, False, torch.inf, False, engine.name)
+    torch.testing.assert_close((s.double().log() + m).cpu()[0], z.double(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.engines
