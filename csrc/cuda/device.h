@@ -17,7 +17,10 @@ struct Index {
   unsigned x, y, z;
 };
 
-PAIRLOSS_DEVICE int thread() { return int(threadIdx.x); }
+PAIRLOSS_DEVICE int thread() {
+  __builtin_assume(threadIdx.x < 1024);  // that it is not negative makes divisions shifts
+  return int(threadIdx.x);
+}
 PAIRLOSS_DEVICE Index block() { return {blockIdx.x, blockIdx.y, blockIdx.z}; }
 
 PAIRLOSS_DEVICE char* shared_memory() {
@@ -27,9 +30,6 @@ PAIRLOSS_DEVICE char* shared_memory() {
 
 PAIRLOSS_DEVICE void sync_block() { __syncthreads(); }
 PAIRLOSS_DEVICE void sync_warp() { __syncwarp(); }
-
-// Keeps the compiler from working at what follows before what precedes is done, in more registers than there are.
-PAIRLOSS_DEVICE void one_by_one() { asm volatile("" ::: "memory"); }
 
 template <class A>
 PAIRLOSS_DEVICE A shuffle_xor(A value, int mask) {
@@ -75,6 +75,13 @@ PAIRLOSS_DEVICE float widened(Float16 v) {
 PAIRLOSS_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 PAIRLOSS_DEVICE double multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
 
+// 2^v, to a few units in the last place; denormals are 0.
+PAIRLOSS_DEVICE float power_of_2(float v) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
+
 PAIRLOSS_DEVICE void narrow(double v, double* to) { *to = v; }
 PAIRLOSS_DEVICE void narrow(float v, float* to) { *to = v; }
 PAIRLOSS_DEVICE void narrow(float v, Float16* to) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(v)); }
@@ -92,6 +99,20 @@ constexpr bool HAS_TENSOR_CORES = true;  // that take a chunk's 16 columns at a 
 #else
 constexpr bool HAS_TENSOR_CORES = false;
 #endif
+
+// Two neighbours in one register, for tensor cores.
+template <class T>
+PAIRLOSS_DEVICE uint32_t packed(float first, float second) {
+  uint32_t both = 0;
+#if __CUDA_ARCH__ >= 800
+  if constexpr (is_float16(T())) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+  } else {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+  }
+#endif
+  return both;
+}
 
 // Four 8 x 8 matrices of half numbers; this lane's address is of row lane % 8 of number lane / 8. To each lane two neighbours of row
 // lane / 4; of the TRANSPOSED matrix.

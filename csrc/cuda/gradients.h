@@ -25,8 +25,11 @@ constexpr int GRADIENT_CHUNKS = Shape<T>::HALF ? 4 : sizeof(T) == 8 ? 4 : 8;
 constexpr double SPREAD = 55;
 
 // e^v, finite also where v belongs to a weight of 0, which alone may meet a large v. NaN stays.
-PAIRLOSS_DEVICE float capped_exponential(float v) { return exponential(v > 87.f ? 87.f : v); }
-PAIRLOSS_DEVICE double capped_exponential(double v) { return exponential(v > 708. ? 708. : v); }
+template <class T, class A>
+PAIRLOSS_DEVICE A capped_exponential(A v) {
+  constexpr A MOST = sizeof(A) == 8 ? 708 : 87;
+  return exponential_of_pair<T>(v > MOST ? MOST : v);
+}
 
 template <class T, Form FORM, bool WITH_ROWS>
 struct OwnedRows : Block<T> {
@@ -47,8 +50,6 @@ struct OwnedRows : Block<T> {
 
   PAIRLOSS_DEVICE OwnedRows(const Pairs<T>& pairs, const Gradient<T>& gradient)
       : Base(pairs), to(gradient), role_x(p.x.weights), role_y(p.y.weights) {}
-
-  PAIRLOSS_DEVICE char* weights() { return this->after_shared(); }
 
   PAIRLOSS_DEVICE void widen(const A* ranges, int tiles, int tile, A* low, A* high) const {
     if (!ranges) return;
@@ -73,7 +74,7 @@ struct OwnedRows : Block<T> {
   // Weights of this tile; with a shared shift g e^(shift - m) in the place of g.
   template <int SIZE>
   PAIRLOSS_DEVICE void carry_weights(Carried<A, SIZE>& carried, const typename Pairs<T>::Of& side, int64_t first) {
-    for (int at = thread(); at < 2 * SIZE; at += S::THREADS) {
+    this->template share<2 * SIZE>([&](int at) {
       const int k = at / SIZE, row = at % SIZE;
       const int64_t i = first + row < side.n ? first + row : side.n - 1;
       const int64_t place = entry_of(k, p.sets) * side.n + i;
@@ -87,24 +88,23 @@ struct OwnedRows : Block<T> {
       }
       carried.g[k][row] = g;
       carried.m[k][row] = m;
-    }
+    });
   }
 
   // z = W, from the products; adds to what this thread sums along its rows.
   PAIRLOSS_DEVICE void weigh_exponentials() {
     const auto& x = this->shared().x;
     const auto& y = this->shared().y;
-    const A cutoff = this->cutoff();
-    this->for_pairs([&](int a, int b, int row, int col) {
-      const bool same = this->same_id(row, col);
-      const int k = same ? POSITIVES : NEGATIVES;
+    this->sort_pairs(shared_shift);
+    this->for_pairs([&](int a, int b, int row, int col, bool positive, bool counts) {
+      const int k = positive ? POSITIVES : NEGATIVES;
       A slope;
-      const A v = this->template logit<FORM == Form::CIRCLE>(z[a][b], row, col, same, cutoff, &slope);
+      const A v = this->template logit<FORM == Form::CIRCLE>(z[a][b], row, col, positive, counts, &slope);
       A weight;
-      if (shared_shift) {  // one exponential serves both roles
-        weight = (x.g[k][row] + y.g[k][col]) * capped_exponential(v - shift);
+      if (this->uniform || shared_shift) {  // one exponential serves both roles
+        weight = (x.g[k][row] + y.g[k][col]) * capped_exponential<T>(v - shift);
       } else {
-        weight = x.g[k][row] * capped_exponential(v - x.m[k][row]) + y.g[k][col] * capped_exponential(v - y.m[k][col]);
+        weight = x.g[k][row] * capped_exponential<T>(v - x.m[k][row]) + y.g[k][col] * capped_exponential<T>(v - y.m[k][col]);
       }
       bias[a] += weight;
       z[a][b] = weight * slope;
@@ -114,7 +114,7 @@ struct OwnedRows : Block<T> {
   // The term of v = sign z, -inf at pairs that don't count; and its derivative in z. The sign is -1 over positives, 1 over negatives.
   PAIRLOSS_DEVICE void term(A v, A sign, A* value, A* slope) const {
     if (to.softplus) {
-      const A e = exponential(v < A(0) ? v : -v);
+      const A e = exponential_of_pair<T>(v < A(0) ? v : -v);
       *value = softplus<sizeof(A) == 8 ? 17 : 7, A>(v, e);
       *slope = sign * sigmoid<A>(v, e);
     } else {
@@ -128,8 +128,9 @@ struct OwnedRows : Block<T> {
     const auto& x = this->shared().x;
     const auto& y = this->shared().y;
     const A sign = to.over == POSITIVES ? -1 : 1;
-    this->for_pairs([&](int a, int b, int row, int col) {
-      const bool none = this->is_left_out(row, col) || this->same_id(row, col) != (to.over == POSITIVES);
+    this->sort_pairs(true);
+    this->for_pairs([&](int a, int b, int row, int col, bool positive, bool counts) {
+      const bool none = !counts || positive != (to.over == POSITIVES);
       const A s = z[a][b];
       A value, slope, weight = 0, both = 0;
       if (role_x || !role_y) {  // x against itself: an anchor's bias counts in its own role only
@@ -150,10 +151,6 @@ struct OwnedRows : Block<T> {
     });
   }
 
-  PAIRLOSS_DEVICE void store_weights() {
-    this->for_pairs([&](int a, int b, int row, int col) { narrow(z[a][b], reinterpret_cast<T*>(weights() + row * S::WEIGHT_LINE) + col); });
-  }
-
   PAIRLOSS_DEVICE static void add_row(A* value) {
     Base::reduce_row([&](int mask) { *value += shuffle_xor(*value, mask); });
   }
@@ -168,7 +165,7 @@ struct OwnedRows : Block<T> {
       if (to.sums) add_row(&sums[a]);
       if (i >= p.x.n) continue;
       const int64_t place = part * p.x.n + i;
-      if (first && lane() % S::LANES == 0) {
+      if (first && col_lane<T>() == 0) {
         if (to.bias) to.bias[place] = bias[a];
         if (to.sums) to.sums[place] = sums[a];
       }
@@ -183,7 +180,7 @@ struct OwnedRows : Block<T> {
   }
 
   PAIRLOSS_DEVICE void run() {
-    const int i = int(block().x), chunks = int(p.d / S::CHUNK), first_chunk = int(block().y) * CHUNKS;
+    const int i = int(block().x), chunks = p.d / S::CHUNK, first_chunk = int(block().y) * CHUNKS;
     const int count = !WITH_ROWS || chunks - first_chunk < CHUNKS ? (WITH_ROWS ? chunks - first_chunk : 0) : CHUNKS;
     const int64_t i0 = int64_t(i) * S::ROWS;
     const int begin = to.visits ? to.visits[i] : p.y.tiles, length = to.visits ? to.visits[p.x.tiles + i] : 0;
@@ -211,17 +208,17 @@ struct OwnedRows : Block<T> {
       if constexpr (FORM != Form::TERMS) find_shift(i, j);
       for (int k = 0; k < chunks; ++k) {
         this->next_turn();
-        if (k == 0) {
-          this->carry(this->shared().y, p.y, this->j0);
-          carry_weights(this->shared().x, p.x, i0);
-          carry_weights(this->shared().y, p.y, this->j0);
-        }
         if (k + 1 < chunks) {
           this->fetch(true, i0, this->j0, k + 1);
         } else if (count > 0) {
           this->fetch(false, i0, this->j0, first_chunk);
         } else {
           fetch_next_tile();
+        }
+        if (k == 0) {
+          this->carry(this->shared().y, p.y, this->j0);
+          carry_weights(this->shared().x, p.x, i0);
+          carry_weights(this->shared().y, p.y, this->j0);
         }
         add_products<T, C>(z, this->chunk_of_x(), this->chunk_of_y());
       }
@@ -232,7 +229,8 @@ struct OwnedRows : Block<T> {
         weigh_exponentials();
       }
       if constexpr (WITH_ROWS) {
-        store_weights();  // a warp's rows, which no other warp reads
+        Weights<T> weights{this->after_shared(), {}};
+        weights.set(z);  // of a warp's rows, which no other warp reads
 #pragma unroll
         for (int k = 0; k < CHUNKS; ++k) {
           if (k >= count) break;
@@ -242,7 +240,7 @@ struct OwnedRows : Block<T> {
           } else {
             fetch_next_tile();
           }
-          add_gradient<T, G>(acc[k], weights(), this->chunk_of_y());
+          weights.template add_gradient<G>(acc[k], this->chunk_of_y());
         }
         sync_warp();
       }

@@ -179,8 +179,6 @@ inline char* shared_memory() { return host::self.block->memory.get(); }
 inline void sync_block() { host::self.block->barrier.arrive_and_wait(); }
 inline void sync_warp() { host::self.block->warps[thread() / 32]->barrier.arrive_and_wait(); }
 
-inline void one_by_one() {}
-
 template <class A>
 A shuffle_xor(A value, int mask) {
   host::Warp& warp = *host::self.block->warps[thread() / 32];
@@ -214,6 +212,8 @@ inline float widened(Bfloat16 v) {
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline double multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
 
+inline float power_of_2(float v) { return std::exp2(v); }
+
 inline void narrow(double v, double* to) { *to = v; }
 inline void narrow(float v, float* to) { *to = v; }
 inline void narrow(float v, Float16* to) { to->value = _Float16(v); }
@@ -224,6 +224,16 @@ inline void narrow(float v, Bfloat16* to) {
 }
 
 constexpr bool HAS_TENSOR_CORES = true;
+
+template <class T>
+uint32_t packed(float first, float second) {
+  T both[2];
+  narrow(first, &both[0]);
+  narrow(second, &both[1]);
+  uint32_t result;
+  std::memcpy(&result, both, sizeof result);
+  return result;
+}
 
 // As PTX has ldmatrix.x4 and mma.m16n8k16. Number k of a lane's two in a register is the high half for odd k.
 template <bool TRANSPOSED>

@@ -29,11 +29,12 @@ typename Pairs<T>::Of of(const Side& side, int size, const char* kernel) {
 
 Pairs<T> pairs_of(const Call& call, const char* kernel) {
   check(call.d > 0 && call.d % S::CHUNK == 0, kernel, "d must be a multiple of the chunk");
+  check(call.d <= INT32_MAX / int64_t(sizeof(T)), kernel, "too many columns");
   check(call.sets == 1 || (call.x.ids && call.y.ids && (call.words > 0 || (call.x.id_ranges && call.y.id_ranges))), kernel, "ids are missing");
   Pairs<T> p;
   p.x = of(call.x, S::ROWS, kernel);
   p.y = of(call.y, S::COLS, kernel);
-  p.d = call.d;
+  p.d = int(call.d);
   p.self_offset = call.has_self ? call.self_offset : 0;
   p.sets = call.sets;
   p.words = call.words;
@@ -68,9 +69,9 @@ void Kernels<T>::row_stats(const Call& call, const Partials& partials) {
       static_cast<A*>(partials.cols_s), partials.span_x, partials.span_y, partials.bounded};
   const dim3 grid(unsigned((p.y.tiles + to.span_y - 1) / to.span_y), unsigned((p.x.tiles + to.span_x - 1) / to.span_x));
   if (call.circle) {
-    launch(NAME, call.stream, row_stats_kernel<T, true>, grid, S::THREADS, RowStats<T, true>::BYTES, p, to);
+    launch(NAME, call.stream, row_stats_kernel<T, true>, grid, S::THREADS, RowStats<T, true, false>::BYTES, p, to);
   } else {
-    launch(NAME, call.stream, row_stats_kernel<T, false>, grid, S::THREADS, RowStats<T, false>::BYTES, p, to);
+    launch(NAME, call.stream, row_stats_kernel<T, false>, grid, S::THREADS, RowStats<T, false, false>::BYTES, p, to);
   }
 }
 

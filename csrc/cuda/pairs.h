@@ -22,6 +22,16 @@ constexpr A INFINITE = std::numeric_limits<A>::infinity();
 PAIRLOSS_DEVICE float exponential(float v) { return expf(v); }
 PAIRLOSS_DEVICE double exponential(double v) { return exp(v); }
 
+// Of a pair of rows of T. Half numbers have an error beside which that of v's last digit here is none.
+template <class T, class A>
+PAIRLOSS_DEVICE A exponential_of_pair(A v) {
+  if constexpr (Shape<T>::HALF) {
+    return power_of_2(v * 1.4426950408889634f);
+  } else {
+    return exponential(v);
+  }
+}
+
 // NaN among the operands is dropped, as the sums that follow keep it.
 template <class A>
 PAIRLOSS_DEVICE A larger(A a, A b) {
@@ -42,8 +52,8 @@ struct Pairs {
   };
 
   Of x, y;
-  int64_t d, self_offset;
-  int sets, words;
+  int64_t self_offset;
+  int d, sets, words;
   bool symmetric, has_self;
   A margin, gamma;
   const A* cutoff;
@@ -97,7 +107,9 @@ struct Block {
   int height = 0, width = 0;  // rows and columns of the tile that exist
   int left_out = 0;           // in row r the pair of column left_out + r is left out
   bool masked = false;        // some pairs are beyond the edges or left out
-  A z[S::R][C];               // products, then logits, then what becomes of them
+  bool uniform = false;       // all pairs are in one set and count
+  uint32_t positive[S::R], counted[S::R];  // where it is not, bit b is of pair (a, b)
+  A z[S::R][C];                            // products, then logits, then what becomes of them
 
   PAIRLOSS_DEVICE explicit Block(const Pairs<T>& pairs) : p(pairs), memory(shared_memory()) {}
 
@@ -106,18 +118,21 @@ struct Block {
 
   // Begins to fill the other place: chunk k of the tile's rows and columns. The last row again instead of rows that don't exist.
   PAIRLOSS_DEVICE void fetch(bool with_x, int64_t first_x, int64_t first_y, int64_t k) {
-    char* to = memory + (turn + 1) % 2 * SLOT_BYTES;
+    char* to = memory + (1 - turn) * SLOT_BYTES;
     if (with_x) fetch_lines<S::ROWS>(to, p.x, first_x, k);
     fetch_lines<S::COLS>(to + X_BYTES, p.y, first_y, k);
   }
 
   template <int LINES>
   PAIRLOSS_DEVICE void fetch_lines(char* to, const typename Pairs<T>::Of& side, int64_t first, int64_t k) {
-    constexpr int PIECES = CHUNK_BYTES / PIECE;
-    for (int at = thread(); at < LINES * PIECES; at += S::THREADS) {
-      const int line = at / PIECES, piece = at % PIECES;
-      const int64_t row = first + line < side.n ? first + line : side.n - 1;
-      copy_async(to + line * LINE + piece * PIECE, side.rows + row * p.d + k * S::CHUNK + piece * S::VECTOR);
+    constexpr int PIECES = CHUNK_BYTES / PIECE, AT_A_TIME = S::THREADS / PIECES;
+    static_assert(LINES % AT_A_TIME == 0);
+    const int line = thread() / PIECES, piece = thread() % PIECES;
+    const int last = int(side.n - first < LINES ? side.n - first : LINES) - 1, line_bytes = p.d * int(sizeof(T));
+    const char* const from = reinterpret_cast<const char*>(side.rows + first * p.d + k * S::CHUNK) + piece * PIECE;
+#pragma unroll
+    for (int l = line; l < line + LINES; l += AT_A_TIME) {
+      copy_async(to + l * LINE + piece * PIECE, from + int64_t(l < last ? l : last) * line_bytes);
     }
   }
 
@@ -125,7 +140,7 @@ struct Block {
   PAIRLOSS_DEVICE void next_turn() {
     wait_copies();
     sync_block();
-    turn = (turn + 1) % 2;
+    turn = 1 - turn;
   }
 
   PAIRLOSS_DEVICE const char* chunk_of_x() const { return memory + turn * SLOT_BYTES; }
@@ -147,13 +162,22 @@ struct Block {
     }
   }
 
+  // Calls f(0) to f(COUNT - 1), each by a thread.
+  template <int COUNT, class F>
+  PAIRLOSS_DEVICE static void share(F f) {
+#pragma unroll
+    for (int first = 0; first < COUNT; first += S::THREADS) {
+      if (first + S::THREADS <= COUNT || first + thread() < COUNT) f(first + thread());
+    }
+  }
+
   template <int SIZE>
   PAIRLOSS_DEVICE void carry(Carried<A, SIZE>& to, const typename Pairs<T>::Of& side, int64_t first) {
-    for (int k = thread(); k < SIZE; k += S::THREADS) {
+    share<SIZE>([&](int k) {
       const int64_t row = first + k < side.n ? first + k : side.n - 1;
       to.ids[k] = p.sets == 2 && p.words == 0 ? side.ids[row] : 0;
       to.bias[k] = side.bias ? side.bias[row] : A(0);
-    }
+    });
   }
 
   PAIRLOSS_DEVICE bool same_id(int row, int col) {
@@ -171,9 +195,56 @@ struct Block {
     return masked && (row >= height || col >= width || row + left_out == col);
   }
 
-  // The logit of a pair with the product s, -inf if it is in no set; and the derivative of its score.
+  // Which pairs are positive and which count, once what rows and columns carry is there and z are the products.
+  PAIRLOSS_DEVICE void sort_pairs(bool may_be_uniform) {
+    uniform = may_be_uniform && set != MIXED && !masked && !p.cutoff;
+    if (uniform) return;
+#pragma unroll
+    for (int a = 0; a < S::R; ++a) positive[a] = counted[a] = 0;
+#pragma unroll 1
+    for (int b = 0; b < C; ++b) {
+      const int col = col_of<T, S::PAIR_RUN>(b);
+#pragma unroll
+      for (int a = 0; a < S::R; ++a) {
+        const int row = row_of<T>(a);
+        positive[a] |= uint32_t(same_id(row, col)) << b;
+        counted[a] |= uint32_t(!is_left_out(row, col)) << b;
+      }
+    }
+    if (!p.cutoff) return;
+    const A cutoff = *p.cutoff;
+    each_pair([&](int a, int b) {
+      if (z[a][b] < cutoff) counted[a] &= positive[a] | ~(1u << b);
+    });
+  }
+
+  PAIRLOSS_DEVICE bool is_positive(int a, int b) const { return positive[a] & 1u << b; }
+
+  // Calls f(a, b, row, column, positive, counts) for the thread's pairs, column by column.
+  template <class F>
+  PAIRLOSS_DEVICE void for_pairs(F f) {
+    const auto call = [&](int a, int b, bool same, bool counts) { f(a, b, row_of<T>(a), col_of<T, S::PAIR_RUN>(b), same, counts); };
+    if (!uniform) {
+      each_pair([&](int a, int b) { call(a, b, is_positive(a, b), counted[a] & 1u << b); });
+    } else if (set == POSITIVES) {
+      each_pair([&](int a, int b) { call(a, b, true, true); });
+    } else {
+      each_pair([&](int a, int b) { call(a, b, false, true); });
+    }
+  }
+
+  template <class F>
+  PAIRLOSS_DEVICE static void each_pair(F f) {
+#pragma unroll
+    for (int b = 0; b < C; ++b) {
+#pragma unroll
+      for (int a = 0; a < S::R; ++a) f(a, b);
+    }
+  }
+
+  // The logit of a pair with the product s, -inf if it doesn't count; and the derivative of its score.
   template <bool CIRCLE>
-  PAIRLOSS_DEVICE A logit(A s, int row, int col, bool same, A cutoff, A* slope) {
+  PAIRLOSS_DEVICE A logit(A s, int row, int col, bool same, bool counts, A* slope) {
     A v = s;
     *slope = 1;
     if constexpr (CIRCLE) {
@@ -182,34 +253,25 @@ struct Block {
       *slope = same ? -steepness : steepness;
     }
     v += shared().x.bias[row] + shared().y.bias[col];  // the biases first: z_ij and z_ji round alike
-    return is_left_out(row, col) || (!same && s < cutoff) ? -INFINITE<A> : v;
-  }
-
-  PAIRLOSS_DEVICE A cutoff() const { return p.cutoff ? *p.cutoff : -INFINITE<A>; }
-
-  // Calls f(a, b, row, column) for the thread's pairs, column by column.
-  template <class F>
-  PAIRLOSS_DEVICE void for_pairs(F f) {
-#pragma unroll
-    for (int b = 0; b < C; ++b) {
-#pragma unroll
-      for (int a = 0; a < S::R; ++a) f(a, b, row_of<T>(a), col_of<T, S::PAIR_RUN>(b));
-      one_by_one();
-    }
+    return counts ? v : -INFINITE<A>;
   }
 
   // Over the lanes that share a row.
   template <class F>
   PAIRLOSS_DEVICE static void reduce_row(F f) {
 #pragma unroll
-    for (int mask = 1; mask < S::LANES; mask *= 2) f(mask);
+    for (int mask = 1; mask < 32; mask *= 2) {
+      if (mask & S::COLUMN_BITS) f(mask);
+    }
   }
 
   // Over the lanes that share a column.
   template <class F>
   PAIRLOSS_DEVICE static void reduce_column(F f) {
 #pragma unroll
-    for (int mask = S::LANES; mask < 32; mask *= 2) f(mask);
+    for (int mask = 1; mask < 32; mask *= 2) {
+      if (!(mask & S::COLUMN_BITS)) f(mask);
+    }
   }
 };
 
