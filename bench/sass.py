@@ -22,8 +22,8 @@ class Code:
                 instructions.append(match[1])
         after = []
         for number, line in enumerate(instructions):
-            branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
-            leaves = re.match(r"BRA `|EXIT|RET", line) is not None  # without a condition
+            branch = re.search(r"\b(?:BRA|CALL)\b.*`\((\.L_x_\d+)\)", line)  # sm_80 leaves a loop by a call that doesn't return
+            leaves = re.match(r"BRA `|CALL.*\.L_x|EXIT|RET", line) is not None  # without a condition
             following = [] if leaves or number + 1 == len(instructions) else [number + 1]
             after.append(following + ([labels[branch[1]]] if branch else []))
         return cls(instructions, after)

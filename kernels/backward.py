@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ._math import ACCUMULATOR, blocked_product, dot, load_rows, product
 from .pair_sum import term_weights, visited, visits
-from .pairs import load_role, load_side, same_id, tile_logits, tile_set
+from .pairs import load_side, load_weights, same_id, tile_logits, tile_set
 from .row_stats import exp_weights
 
 
@@ -23,7 +23,9 @@ def tile_weights(
     HAS_SELF: tl.constexpr, HAS_BIAS: tl.constexpr, ROLE_X: tl.constexpr, ROLE_Y: tl.constexpr, BIAS_GRAD: tl.constexpr,
     WITH_SUMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(A, W, with WITH_SUMS the terms) of tile (i, j), from its products."""
+    """(A, W, with WITH_SUMS the terms) of tile (i, j), from its products. Roles, what the rows of a side are as anchors: their weights in
+    the tile's set, in set 0 if it is mixed, and where both sets' are; where the ranges of log-sums and the weights as (g, lse) are; which
+    rows, of how many."""
     if TERM == "exp":
         z, slope = tile_logits(
             s, x, y, i, j, only, p_cutoff, N, M, self_offset, m, gamma,
@@ -70,8 +72,9 @@ def grads_kernel(
         only = tile_set(p_range_x, p_range_y, i, j, T_X, T_Y, SETS)
         x = load_side(p_ids_x, p_bias_x, o_x, SETS, HAS_BIAS)
         y = load_side(p_ids_y, p_bias_y, o_y, SETS, HAS_BIAS)
-        role_x = load_role(p_weights_x, p_log_sums_x, p_given_x, only, o_x, N, ROLE_X, TERM)
-        role_y = load_role(p_weights_y, p_log_sums_y, p_given_y, only, o_y, M, ROLE_Y, TERM)
+        first = tl.where(only == 1, 1, 0) if TERM == "exp" else 0
+        role_x = load_weights(p_weights_x, first, o_x, N, ROLE_X), p_weights_x, p_log_sums_x, p_given_x, o_x, N
+        role_y = load_weights(p_weights_y, first, o_y, M, ROLE_Y), p_weights_y, p_log_sums_y, p_given_y, o_y, M
         b_y = load_rows(p_y, o_y, o_d, D, EVEN_D)
         s = product(b_x, b_y.T, PRECISION)
         a, w, _ = tile_weights(
@@ -116,8 +119,9 @@ def weights_kernel(
     s = blocked_product(p_x, p_y, o_x, o_y, D, columns, EVEN_D, BLOCK_D, PRECISION)
     x = load_side(p_ids_x, p_bias_x, o_x, SETS, HAS_BIAS)
     y = load_side(p_ids_y, p_bias_y, o_y, SETS, HAS_BIAS)
-    role_x = load_role(p_weights_x, p_log_sums_x, p_given_x, only, o_x, N, ROLE_X, TERM)
-    role_y = load_role(p_weights_y, p_log_sums_y, p_given_y, only, o_y, M, ROLE_Y, TERM)
+    first = tl.where(only == 1, 1, 0) if TERM == "exp" else 0
+    role_x = load_weights(p_weights_x, first, o_x, N, ROLE_X), p_weights_x, p_log_sums_x, p_given_x, o_x, N
+    role_y = load_weights(p_weights_y, first, o_y, M, ROLE_Y), p_weights_y, p_log_sums_y, p_given_y, o_y, M
     a, w, terms = tile_weights(
         s, x, y, i, j, only, role_x, role_y, p_cutoff, N, M, self_offset, m, gamma,
         TERM, OVER, SETS, SCORE, HAS_CUTOFF, HAS_SELF, HAS_BIAS, ROLE_X, ROLE_Y, BIAS_GRAD or BIAS_GRAD_Y, WITH_SUMS, BLOCK_M, BLOCK_N,

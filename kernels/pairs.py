@@ -28,14 +28,6 @@ def load_weights(p_weights, k, o, N, HAS_ROLE: tl.constexpr):
 
 
 @triton.jit
-def load_role(p_weights, p_log_sums, p_given, only, o, N, HAS_ROLE: tl.constexpr, TERM: tl.constexpr):
-    """What the rows o are as anchors: (their weights in set `only`, in set 0 if that is 2, and where both sets' are; where the ranges of
-    log-sums and the weights as (g, lse) are; o, N)."""
-    k = tl.where(only == 1, 1, 0) if TERM == "exp" else 0
-    return load_weights(p_weights, k, o, N, HAS_ROLE), p_weights, p_log_sums, p_given, o, N
-
-
-@triton.jit
 def tile_set(p_range_x, p_range_y, i, j, T_X, T_Y, SETS: tl.constexpr):
     """The one set that all pairs of the tile are in, or 2 if they are mixed; from the (least, greatest) ids of its sides."""
     if SETS == 1:
