@@ -326,7 +326,7 @@ def grid(arch: int, dtype: torch.dtype, d: int, kernel: str, tile: tiles.Tile) -
             and sums // (32 * warps) <= SUMS_A_THREAD
             and (kernel != "row_stats_fwd" or n % m == 0)
             and (step is not None or stages < 4)  # 4 stages are compiled as 3 are
-            and tiles.operand_bytes(other, d, dtype) <= _limits(arch).shared_memory
+            and tiles.operand_bytes(other, d, dtype, kernel == "row_stats_fwd") <= _limits(arch).shared_memory
         ):
             result.add(other)
     return list(result)

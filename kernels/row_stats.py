@@ -38,10 +38,11 @@ WIDTH = tl.constexpr(55.0)
 # A shift rounded to float32 is off by at most 64 up to here, which an exponential survives.
 LARGEST = tl.constexpr(2.0**30)
 # One shift serves all terms of a tile while each row's sum of them is in these bounds, and while each column has had one that is not
-# below the least. A term that float32 then takes for 0 is less than 2^-66 of its sum.
+# below the least. A term that float32 then takes for 0 is less than 2^-66 of its sum. The rounding of a shift up to HELD is made good.
 LEAST = tl.constexpr(2.0**-60)
 MOST = tl.constexpr(2.0**60)
 SPREAD = tl.constexpr(60.0)
+HELD = tl.constexpr(2.0**24)
 
 
 @triton.jit
@@ -86,7 +87,7 @@ def add_tile(
             top = tl.max(v, 0) * LOG2E
             highest = tl.maximum(tl.max(top, 0), shift)
             least = tl.min(tl.where(counts_y, tl.maximum(top, lowest), highest), 0)
-            if highest - least <= SPREAD:
+            if (highest - least <= SPREAD) & (tl.abs(highest) <= HELD):
                 terms = terms * tl.exp2(shift - highest) + tl.exp2(less(v, highest))
                 shift = highest
                 lowest = least

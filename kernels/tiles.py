@@ -177,7 +177,8 @@ def choose(
     asked, allowed = override(), limits(device)
 
     def fits(tile: Tile) -> bool:
-        return operand_bytes(tile, d, dtype) <= allowed.shared_memory
+        wasteful = tile.block_d is None and d > 256 and padded(d) > 1.25 * d
+        return not wasteful and operand_bytes(tile, d, dtype, table is FORWARD) <= allowed.shared_memory
 
     for row in table:
         if d <= row.max_d and 8 * dtype.itemsize <= row.bits and allowed.architecture <= row.newest and fits(row.tile):
@@ -207,12 +208,13 @@ def seconds_of(launch: Callable[[Tile], Any], tile: Tile) -> float:
         return float("inf")
 
 
-def operand_bytes(tile: Tile, d: int, dtype: torch.dtype) -> int:
-    """Shared memory that the operands of a tile take, with all stages of the pipeline in flight."""
-    if tile.block_d is None:  # the side with more rows stays
-        rows = sorted(tile[:2])
-        return (rows[1] + tile.num_stages * rows[0]) * padded(d) * dtype.itemsize
-    return tile.num_stages * (tile.block_m + tile.block_n) * tile.block_d * dtype.itemsize
+def operand_bytes(tile: Tile, d: int, dtype: torch.dtype, forward: bool) -> int:
+    """Shared memory that the operands of a tile take, with all stages of the pipeline in flight. Of rows that are held whole one side
+    stays: forward the columns, whose sums do."""
+    m, n, block_d, _, stages = tile
+    if block_d is not None:
+        return stages * (m + n) * block_d * dtype.itemsize
+    return (n + stages * m if forward else m + stages * n) * padded(d) * dtype.itemsize
 
 
 def limits(device: torch.device) -> Limits:

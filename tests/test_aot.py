@@ -20,10 +20,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import aot
 
 # What takes most registers: labels and a running maximum forward; labels, both roles of a pair and biases or slopes backward.
-FORWARD = [("row_stats_fwd", "ids, any tau", arch, d) for arch, d in ((80, 128), (90, 128), (90, 256), (100, 128))]
+FORWARD = [("row_stats_fwd", "ids, any tau", arch, d) for arch, d in ((80, 128), (90, 128), (90, 256), (90, 512), (100, 128))]
 BACKWARD = [("grads", "ids, bias", arch, d) for d in (64, 128, 256) for arch in (80, 90, 100)]
 SLAB = [("weights", "ids, bias", arch, 512) for arch in (80, 90, 100)]
 CIRCLE = [("row_stats_fwd", "circle", 90, 128), *(("grads", "circle", arch, d) for arch, d in ((80, 128), (90, 128), (100, 256)))]
+# Let be, where the next tile without spills costs more: in loops, and one instruction in 100 of a clean tile's.
+SPILLS = {("grads", 80, 128): 12, ("grads", 80, 256): 25}
 PAIR_SUM = [("pair_sum_fwd", "positives", 90, 128), ("grads", "positives", 80, 256), ("grads", "positives", 90, 128)]
 
 
@@ -34,12 +36,10 @@ def report(kernel: str, mode: str, arch: int, d: int) -> aot.Report:
 
 @pytest.mark.parametrize(("kernel", "mode", "arch", "d"), FORWARD + BACKWARD + SLAB + CIRCLE + PAIR_SUM)
 def test_tiles_do_not_spill_and_matrix_units_are_used(kernel, mode, arch, d):
-    """On sm_80 a few spills are let be, where the next tile without costs more: one instruction in 100 of a clean tile's, a few of the
-    others' branches."""
     launch = next(v for v in aot.launches(arch, torch.bfloat16, d, [mode]) if v.kernel.__name__ == f"{kernel}_kernel")
     seen = aot.report(aot.compiled(launch, arch), arch)
     clean = seen.code.opcodes(aot.executed(launch, seen, arch))
-    assert seen.loop_spills <= (25 if arch == 80 else 0), seen
+    assert seen.loop_spills <= SPILLS.get((kernel, arch, d), 0), seen
     assert aot.count("LDL|STL", clean) <= len(clean) / 100, seen
     assert seen.matrix > 0, seen
     assert seen.shared <= aot.SHARED_MEMORY[arch], seen
