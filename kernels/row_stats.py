@@ -110,8 +110,9 @@ def row_stats_fwd_kernel(
 
     The terms of a tile column stay in registers until its rows are done, one above the other, so that threads add up their sums
     once for all of them. Row sums, each of a few lanes, are added to group b's entry tile by tile, column sums to group a's: no
-    other program touches those. x against itself: tiles on and above the diagonal, whose row sums are the column sums of their
-    transposes.
+    other program touches those; between two tiles' additions lies the barrier that their product's operands need in shared memory (one
+    of our own in that loop would keep Triton from pipelining it). x against itself: tiles on and above the diagonal, whose row sums are
+    the column sums of their transposes.
     """
     group_y = tl.program_id(0)
     group_x = tl.program_id(1)

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import functools
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch
 from pairloss import cuda
 
 ROOT = Path(__file__).parents[1]
+CAPABILITY = os.environ.get("PAIRLOSS_HOST_CAPABILITY", "80")  # a process can hold one module
 
 
 @functools.cache
@@ -38,10 +40,11 @@ def build(sanitizer: str = "") -> Path:
     """The module's file. Kept in build/, so that only what changed is compiled again; one process at a time."""
     import pybind11
 
-    target = ROOT / "build" / f"cuda_host_{sanitizer or 'fibers'}"
+    target = ROOT / "build" / f"cuda_host_{sanitizer or 'fibers'}_{CAPABILITY}"
     target.mkdir(parents=True, exist_ok=True)
     configure = ["cmake", "-S", str(ROOT), "-B", str(target), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
     configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DPAIRLOSS_ENGINE=cuda_host", f"-DPAIRLOSS_SANITIZER={sanitizer}"]
+    configure += [f"-DPAIRLOSS_HOST_CAPABILITY={CAPABILITY}"]
     with open(target / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for command in (configure, ["cmake", "--build", str(target)]):

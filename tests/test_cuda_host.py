@@ -1,6 +1,7 @@
 """The kernels of the engine "cuda" without a GPU: their source runs on the CPU, against float64 and under sanitizers."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -64,6 +65,25 @@ def test_widths(host, d):
 @pytest.mark.parametrize("primitive", ["circle", "positives", "negatives"])
 def test_wide_rows(host, primitive, dtype):
     test_kernels.test_wide_rows(ENGINE, primitive, dtype)
+
+
+@pytest.mark.skipif(cuda_host.CAPABILITY != "80", reason="one GPU without tensor cores is enough")
+def test_half_rows_by_multiply_adds():
+    """As GPUs of capability 7.5 multiply them: this file's tests of half rows again."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "float16"]
+    done = subprocess.run(command, env=os.environ | {"PAIRLOSS_HOST_CAPABILITY": "75"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 100, done.stdout[-4000:]
+
+
+@pytest.mark.parametrize("form", test_kernels.far_apart())
+def test_logits_far_apart(host, form):
+    test_kernels.test_logits_far_apart(ENGINE, form)
+
+
+@pytest.mark.parametrize("ends", [(-300, 300), (0, 40)], ids=str)
+def test_sums_are_more_exact_than_their_logarithms(host, ends):
+    test_kernels.test_sums_are_more_exact_than_their_logarithms(ENGINE, ends)
 
 
 @pytest.mark.parametrize("over", ["positives", "negatives"])

@@ -223,7 +223,7 @@ inline void narrow(float v, Bfloat16* to) {
   to->bits = uint16_t(v == v ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0);
 }
 
-constexpr bool HAS_TENSOR_CORES = true;
+constexpr bool HAS_TENSOR_CORES = PAIRLOSS_HOST_CAPABILITY >= 80;
 
 template <class T>
 uint32_t packed(float first, float second) {
