@@ -123,13 +123,21 @@ def _row_stats_fwd(call: Call, x: _Side, y: _Side, tile: Tile) -> Statistics:
     return row_logs, col_logs, row_sums, col_sums
 
 
-def _on_tile(table: tuple[tiles.Row, ...], x: _Side, y: _Side, launch: Callable[[Tile], Result], *kind: Hashable) -> Result:
+def _on_tile(
+    table: tuple[tiles.Row, ...], x: _Side, y: _Side, launch: Callable[[Tile], Result], *kind: Hashable, heavy: tuple[str, ...] = ()
+) -> Result:
     """The launch on the tile of the table. Kind: what makes one launch another, besides the operands."""
     (n, d), m = x.rows.shape, len(y.rows)
     sizes, given = (n.bit_length(), m.bit_length()), (v is None for side in (x, y) for v in (side.ids, side.bias, side.weights))
-    tile = tiles.choose(table, d, x.rows.dtype, x.rows.device, (launch.__qualname__, *sizes, x is y, *given, *kind), launch)
+    tile = tiles.choose(table, d, x.rows.dtype, x.rows.device, heavy, (launch.__qualname__, *sizes, x is y, *given, *kind), launch)
     assert tile is not None
     return launch(tile)
+
+
+def _heavy(call: Call, form: _Form, bias: bool) -> tuple[str, ...]:
+    """What of a backward pass takes registers besides, see tiles.Row."""
+    takes = {"circle": call.score == "circle", "bias": bias}
+    return tuple(name for name, it_does in takes.items() if it_does and form.term == "exp")
 
 
 def _total(sums: Sums) -> tuple[Tensor, Tensor]:
@@ -235,7 +243,8 @@ def _side_grads(
     if n == 0 or m == 0:
         dx, dbias = torch.zeros(n, d, **float32), torch.zeros(n, **float32)
     else:
-        dx, dbias = _on_tile(tiles.BACKWARD, x, y, launch, form, call.score, call.cutoff is None, wanted.bias)
+        kind = form, call.score, call.cutoff is None, wanted.bias
+        dx, dbias = _on_tile(tiles.BACKWARD, x, y, launch, *kind, heavy=_heavy(call, form, wanted.bias))
     return _unpadded(dx, call) if wanted.rows else None, dbias if wanted.bias else None
 
 
@@ -279,7 +288,8 @@ def _grads_by_slabs(
                 sums[begin:end] = part_sums[:, : end - begin].sum(0)
         return dx, dbias_x, dy, dbias_y, sums
 
-    dx, dbias_x, dy, dbias_y, sums = _on_tile(tiles.WEIGHTS, x, y, launch, form, call.score, call.cutoff is None, of_x, of_y)
+    kind, heavy = (form, call.score, call.cutoff is None, of_x, of_y), _heavy(call, form, of_x.bias or of_y.bias)
+    dx, dbias_x, dy, dbias_y, sums = _on_tile(tiles.WEIGHTS, x, y, launch, *kind, heavy=heavy)
     for grad in (dx, dbias_x, dy, dbias_y):
         grad *= unscale
     return (

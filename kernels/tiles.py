@@ -36,6 +36,7 @@ class Row(NamedTuple):
     tile: Tile
     why: str
     others: tuple[Tile, ...] = ()  # near it or better by the estimate of bench/aot.py --sweep, on one of its architectures
+    spills: tuple[str, ...] = ()  # with what it does: "circle", the score, "bias", the gradient of a bias beside exponentials
 
 
 class Limits(NamedTuple):
@@ -91,14 +92,18 @@ BACKWARD = (
     ),
     Row(
         *(128, 16, 89, Tile(64, 64, None, 4, 3)),
-        "5 spills with biases, 12 with a circle; the next without, 128 x 32, is 20 % slower",
+        "the next without spills is 20 % slower",
         (Tile(128, 32, None, 8, 2), Tile(64, 128, None, 8, 2), Tile(64, 64, None, 4, 2)),
+        ("circle", "bias"),
     ),
+    Row(*(128, 16, 89, Tile(128, 32, None, 8, 2)), "64 x 64 spills 5 times with biases, 12 with a circle", (Tile(32, 128, None, 4, 2),)),
     Row(
         *(256, 16, 89, Tile(64, 32, None, 4, 2)),
-        "25 spills with biases, 2 of them in clean tiles; the next without, 64 x 64 with 8 warps, is 10 % slower",
+        "64 x 64 with 8 warps is 10 % slower",
         (Tile(64, 64, None, 8, 2), Tile(32, 64, None, 4, 2)),
+        ("bias",),
     ),
+    Row(*(256, 16, 89, Tile(32, 64, None, 4, 2)), "64 x 32 spills 25 times with biases", (Tile(64, 64, None, 8, 2),)),
     Row(
         *(128, 16, 90, Tile(128, 64, None, 8, 2)),
         "128 x 128 spills, and 128 x 64 with 3 stages and a circle's slopes, and this on sm_100",
@@ -115,12 +120,13 @@ BACKWARD = (
 WEIGHTS = (
     Row(
         *(ANY, 16, 90, Tile(128, 128, 64, 8, 3)),
-        "the fewest bytes a pair, which bound it; spills only a circle's slopes, on sm_90",
+        "the fewest bytes a pair, which bound it",
         (Tile(128, 128, 64, 8, 2), Tile(128, 64, 64, 8, 3), Tile(256, 64, 64, 8, 2)),
+        ("circle",),
     ),
     Row(
         *(ANY, 16, ANY, Tile(128, 64, 64, 8, 3)),
-        "128 x 128 spills on sm_100, and doesn't fit sm_86",
+        "128 x 128 spills with a circle's slopes and on sm_100, and doesn't fit sm_86",
         (Tile(128, 64, 64, 8, 2), Tile(64, 128, 64, 8, 3)),
     ),
     Row(
@@ -167,10 +173,12 @@ def choose(
     d: int,
     dtype: torch.dtype,
     device: torch.device,
+    heavy: tuple[str, ...] = (),
     kind: Hashable = None,
     launch: Callable[[Tile], Any] | None = None,
 ) -> Tile | None:
-    """The first tile of the table that serves d columns of the dtype and fits the device, with the override's size.
+    """The first tile of the table that serves d columns of the dtype and fits the device, with the override's size; one that doesn't
+    spill with what is heavy, if there is one.
 
     With a launch, and what is alike in all launches of its kind: under PAIRLOSS_AUTOTUNE=1 the fastest of its row.
     """
@@ -180,19 +188,23 @@ def choose(
         wasteful = tile.block_d is None and d > 256 and padded(d) > 1.25 * d
         return not wasteful and operand_bytes(tile, d, dtype, table is FORWARD) <= allowed.shared_memory
 
-    for row in table:
-        if d <= row.max_d and 8 * dtype.itemsize <= row.bits and allowed.architecture <= row.newest and fits(row.tile):
-            if asked is not None:
-                return row.tile._replace(block_m=asked, block_n=asked)
-            if not AUTOTUNE or launch is None:
-                return row.tile
-            key = (kind, padded(d), dtype, device)
-            if key not in _fastest and can_wait(device):
-                seconds = {tile: seconds_of(launch, tile) for tile in (row.tile, *filter(fits, row.others))}
-                _fastest[key] = min(seconds, key=lambda tile: seconds[tile])
-                _logger.info("%s: %s", key, ", ".join(f"{tile} {1e3 * taken:.3g} ms" for tile, taken in seconds.items()))
-            return _fastest.get(key, row.tile)
-    return None
+    def serves(row: Row) -> bool:
+        return d <= row.max_d and 8 * dtype.itemsize <= row.bits and allowed.architecture <= row.newest and fits(row.tile)
+
+    serving = sorted(filter(serves, table), key=lambda row: not set(heavy).isdisjoint(row.spills))
+    if not serving:
+        return None
+    row = serving[0]
+    if asked is not None:
+        return row.tile._replace(block_m=asked, block_n=asked)
+    if not AUTOTUNE or launch is None:
+        return row.tile
+    key = (kind, padded(d), dtype, device)
+    if key not in _fastest and can_wait(device):
+        seconds = {tile: seconds_of(launch, tile) for tile in (row.tile, *filter(fits, row.others))}
+        _fastest[key] = min(seconds, key=lambda tile: seconds[tile])
+        _logger.info("%s: %s", key, ", ".join(f"{tile} {1e3 * taken:.3g} ms" for tile, taken in seconds.items()))
+    return _fastest.get(key, row.tile)
 
 
 def can_wait(device: torch.device) -> bool:

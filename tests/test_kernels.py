@@ -453,6 +453,22 @@ def test_autotune_takes_the_fastest_tile_and_looks_once(monkeypatch):
 
 
 @needs_triton
+def test_a_tile_that_spills_serves_where_no_other_does():
+    from pairloss.kernels import tiles as table
+
+    spilling, other = (table.Tile(size, size, None, 4, 2) for size in (32, 64))
+    rows = tuple(table.Row(256, 16, table.ANY, tile, "", (), spills) for tile, spills in ((spilling, ("circle",)), (other, ())))
+
+    def chosen(*heavy, of=rows):
+        return table.choose(of, 128, torch.bfloat16, torch.device("cpu"), heavy)
+
+    assert chosen() == chosen("bias") == spilling
+    assert chosen("circle") == chosen("bias", "circle") == other
+    assert chosen("circle", of=rows[:1]) == spilling
+    assert chosen("circle", of=()) is None
+
+
+@needs_triton
 def test_a_tile_that_does_not_fit_is_never_the_fastest(monkeypatch):
     import triton
     from pairloss.kernels import tiles as table
